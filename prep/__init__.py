@@ -1,0 +1,1 @@
+"""Offline preparation: records → document store → pack plan → packed shards. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Records → document store: token ids and loss masks, unpadded, in Arrow files."""

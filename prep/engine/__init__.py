@@ -1,0 +1,1 @@
+"""Run work units: in this process or in several."""

@@ -1,0 +1,1 @@
+"""Look at packed shards, never change them."""

@@ -1,0 +1,1 @@
+"""Lengths → bins: the packing planner. Pure numpy and numba, no I/O."""

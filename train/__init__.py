@@ -1,0 +1,1 @@
+"""Stream packed shards into a model sharded over any mesh."""

@@ -1,0 +1,1 @@
+"""One interface for variable-length attention; backends behind it."""

@@ -1,0 +1,1 @@
+"""One file a parallel dimension; `apply.py` states their order once."""
