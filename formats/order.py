@@ -1,0 +1,79 @@
+"""Which pack is trained when and where: pure functions of (packs, order, seed, epoch) and of the position.
+
+The position in the data is one integer, the number of packs consumed. What a data-parallel rank reads at a step
+follows from it and from the world size alone, so a run resumes at any other world size without repeating or losing
+a pack.
+"""
+
+import numpy as np
+
+EMPTY = -1
+"""Position of an empty pack: all padding, no targets."""
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014), uint64 → uint64, a bijection.
+
+    numpy's own generators promise no stable stream between versions; an order that a resume depends on must not
+    change with a library.
+    """
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A pseudo-random permutation of 0 … n−1, int64[n], a function of its arguments alone (any numpy version)."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        key = _mix(_mix(np.array([seed % 2**64], np.uint64) + golden) + np.uint64(epoch % 2**64) + golden)
+        return np.argsort(_mix(np.arange(n, dtype=np.uint64) * golden + key), kind="stable")
+
+
+def epoch_order(num_packs: int, order: str, block: int, seed: int, epoch: int) -> np.ndarray:
+    """Pack ids in the order in which `epoch` trains them, int64[num_packs].
+
+    Args:
+        order: `input` never permutes; `shuffle` permutes packs; `cost` permutes whole blocks of `block` packs of like
+            cost, so that the packs of a micro-step stay alike (a last, partial block stays last).
+    """
+    if order == "input":
+        return np.arange(num_packs)
+    if order == "shuffle":
+        return permutation(num_packs, seed, epoch)
+    if order != "cost" or block < 1:
+        raise ValueError(f"order must be input, shuffle or cost (with block ≥ 1), not {order!r} with block {block}")
+    whole = num_packs // block
+    blocks = permutation(whole, seed, epoch)
+    head = (blocks[:, None] * block + np.arange(block)).ravel()
+    return np.concatenate([head, np.arange(whole * block, num_packs)])
+
+
+def steps_per_epoch(num_packs: int, batch_packs: int) -> int:
+    """Optimizer steps in an epoch; the last may be short."""
+    return -(-num_packs // batch_packs)
+
+
+def step_span(consumed: int, num_packs: int, batch_packs: int) -> tuple[int, int, int]:
+    """`(epoch, start, stop)`: the positions in the epoch's order that the step after `consumed` packs trains.
+
+    A step never crosses an epoch: the last one of an epoch is short.
+    """
+    epoch, start = divmod(consumed, num_packs)
+    return epoch, start, min(start + batch_packs, num_packs)
+
+
+def accumulation(batch_packs: int, micro_packs: int, dp_size: int) -> int:
+    """Micro-steps of every rank in a step: ceil(batch_packs / (dp_size · micro_packs))."""
+    return -(-batch_packs // (dp_size * micro_packs))
+
+
+def rank_positions(start: int, stop: int, batch_packs: int, micro_packs: int, dp_rank: int, dp_size: int) -> np.ndarray:
+    """Positions that one data-parallel rank trains in a step, int64[accumulation, micro_packs], `EMPTY` where none.
+
+    Packs are dealt round-robin, so that neighbours of the order (packs of like cost) run at the same time on
+    different ranks. Every rank gets equally many rows, also in a short step: any world size works.
+    """
+    rows = accumulation(batch_packs, micro_packs, dp_size)
+    position = start + dp_rank + dp_size * np.arange(rows * micro_packs)
+    return np.where(position < stop, position, EMPTY).reshape(rows, micro_packs)

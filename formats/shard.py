@@ -1,0 +1,225 @@
+"""One packed shard: an Arrow IPC file written atomically with its checksum, and read through a memory map."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from formats.schema import FORMAT_VERSION, METADATA_KEY, SCHEMAS
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class FileEntry(NamedTuple):
+    """A file of a packed folder as its manifest lists it: name relative to the folder, size, xxh3-128 in hex."""
+
+    name: str
+    bytes: int
+    xxh3_128: str
+
+
+class ListColumn(NamedTuple):
+    """A list column of a record batch: row i is `values[offsets[i]:offsets[i+1]]`; `offsets` int32[rows + 1]."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+
+class _HashingFile:
+    """A binary file that hashes what passes through it, so a checksum costs no second reading."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._hash = xxhash.xxh3_128()
+        self.bytes = 0
+
+    def write(self, data) -> int:
+        self._hash.update(data)
+        self.bytes += memoryview(data).nbytes
+        self._file.write(data)
+        return memoryview(data).nbytes
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+    # pyarrow asks these of any Python file it writes to.
+    def tell(self) -> int:
+        return self.bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[_HashingFile]:
+    """Write a file that exists under its name only when it is whole.
+
+    The bytes go to `path` + ".tmp", are synced, and take the name by a rename that is synced too. An exception
+    removes the temporary file; a kill leaves it, and the next writer of the same path overwrites it.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        with open(temporary, "wb", buffering=0) as raw:
+            yield _HashingFile(raw)
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names inside a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> FileEntry:
+    """Write deterministic JSON atomically: keys sorted, two spaces, floats by repr, one newline at the end."""
+    data = (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with atomic_write(path) as file:
+        file.write(data)
+    return FileEntry(Path(path).name, file.bytes, file.hexdigest())
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 of a file, in hex."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def pack_digest(row: tuple[np.ndarray, ...]) -> int:
+    """xxh3-64 of one pack: the buffers of its columns in the order of the schema (little-endian)."""
+    digest = xxhash.xxh3_64()
+    for buffer in row:
+        digest.update(buffer.data)
+    return digest.intdigest()
+
+
+class ShardWriter:
+    """Write record batches of one shard; use as a context manager, then read `entry`.
+
+    Args:
+        path: the shard's final path. Its name in `entry` is `folder/name`, relative to the packed folder.
+        kind: `thd` or `seqid`.
+        essentials: what the shard repeats of its manifest, JSON-compatible; `format_version` and `kind` are added.
+        compression: None, or `zstd` for shipping: such a shard is decompressed when read instead of mapped.
+    """
+
+    def __init__(self, path: Path, kind: str, essentials: Mapping[str, object], compression: str | None = None):
+        self.path = Path(path)
+        self.kind = kind
+        head = {**essentials, "format_version": FORMAT_VERSION, "kind": kind}
+        self.schema = SCHEMAS[kind].with_metadata({METADATA_KEY: json.dumps(head, sort_keys=True).encode()})
+        self.entry: FileEntry | None = None
+        self._options = pa.ipc.IpcWriteOptions(compression=compression)
+
+    def __enter__(self):
+        self._atomic = atomic_write(self.path)
+        self._file = self._atomic.__enter__()
+        self._sink = pa.PythonFile(self._file, mode="w")
+        self._writer = pa.ipc.new_file(self._sink, self.schema, options=self._options)
+        return self
+
+    def write(self, columns: Mapping[str, ListColumn]) -> np.ndarray:
+        """Write one record batch without copying its arrays; returns the digests of its packs, uint64[rows]."""
+        arrays = [_list_array(columns[field.name], field.type) for field in self.schema]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
+        lists = [columns[name] for name in self.schema.names]
+        rows = len(lists[0].offsets) - 1
+        bounds = [c.offsets.tolist() for c in lists]
+        values = [c.values for c in lists]
+        digests = np.empty(rows, np.uint64)
+        for i in range(rows):
+            digests[i] = pack_digest(tuple(v[b[i] : b[i + 1]] for v, b in zip(values, bounds, strict=True)))
+        return digests
+
+    def __exit__(self, kind, error, trace):
+        if error is None:
+            self._writer.close()
+            self._sink.flush()
+        self._atomic.__exit__(kind, error, trace)
+        if error is None:
+            name = f"{self.path.parent.name}/{self.path.name}"
+            self.entry = FileEntry(name, self._file.bytes, self._file.hexdigest())
+        return False
+
+
+def _list_array(column: ListColumn, arrow_type: pa.ListType) -> pa.ListArray:
+    values = pa.Array.from_buffers(
+        arrow_type.value_type, len(column.values), [None, pa.py_buffer(np.ascontiguousarray(column.values))]
+    )
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(column.offsets, np.int32))]
+    return pa.Array.from_buffers(arrow_type, len(column.offsets) - 1, buffers, children=[values])
+
+
+class Shard:
+    """A shard opened over a memory map. Rows are read-only views, valid while the shard is open."""
+
+    def __init__(self, path: Path, kind: str):
+        self.path = Path(path)
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self.schema = self._reader.schema
+            starts = [0]
+            self._batches: list[list[ListColumn]] = []
+            for b in range(self._reader.num_record_batches):
+                batch = self._reader.get_batch(b)
+                self._batches.append([_list_column(column) for column in batch.columns])
+                starts.append(starts[-1] + batch.num_rows)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{path}: not a readable Arrow file ({error}); restore it or run prep pack again"
+            ) from None
+        if not self.schema.equals(SCHEMAS[kind], check_metadata=False):
+            raise ValueError(f"{path}: columns {self.schema.names} are not those of a {kind} shard")
+        self._starts = np.array(starts)
+
+    @property
+    def essentials(self) -> dict:
+        """What the shard repeats of its manifest."""
+        return json.loads((self.schema.metadata or {})[METADATA_KEY])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def row(self, index: int) -> tuple[np.ndarray, ...]:
+        """The columns of one row in the order of the schema, as read-only views."""
+        if not 0 <= index < len(self):
+            raise ValueError(
+                f"{self.path}: row {index} of {len(self)} does not exist; the index does not fit the shard"
+            )
+        b = int(np.searchsorted(self._starts, index, side="right")) - 1
+        i = index - self._starts[b]
+        return tuple(c.values[c.offsets[i] : c.offsets[i + 1]] for c in self._batches[b])
+
+
+def _list_column(array: pa.ListArray) -> ListColumn:
+    return ListColumn(array.values.to_numpy(zero_copy_only=True), array.offsets.to_numpy(zero_copy_only=True))
