@@ -1,0 +1,64 @@
+"""`pack`: check the lengths, run one algorithm, bound the result."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from prep.packing.bounds import lower_bound
+from prep.packing.ffd import ffd
+from prep.packing.greedy import greedy
+from prep.packing.lengths import Lengths
+from prep.packing.placing import assign
+from prep.packing.result import Packing
+
+
+def _greedy(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
+    bin_ids, num_bins = greedy(lengths, max_docs)
+    return _result(lengths, bin_ids, num_bins, max_docs, "greedy")
+
+
+def _ffd(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
+    plan = ffd(lengths.histogram, max_docs)
+    bin_ids = assign(lengths, plan, seed, textbook=seed == 0)
+    return _result(lengths, bin_ids, plan.num_bins, max_docs, "ffd")
+
+
+ALGORITHMS: dict[str, Callable[[Lengths, int, int, float | None], Packing]] = {
+    "greedy": _greedy,
+    "ffd": _ffd,
+}
+
+
+def pack(
+    lengths: np.ndarray,
+    capacity: int,
+    algo: str = "bfd",
+    *,
+    align: int = 1,
+    max_docs: int | None = None,
+    seed: int = 0,
+    time_limit: float | None = None,
+) -> Packing:
+    """Packs documents into bins.
+
+    lengths: integers [N] of any dtype, 1 … capacity; not copied when contiguous int32. capacity: tokens a bin holds.
+    algo: one of `ALGORITHMS`. align: each document occupies its length rounded up to a multiple of it.
+    max_docs: most documents in a bin. seed: which of equally long documents goes where (`ffd` with seed 0 is the
+    textbook loop over the stably sorted list, any other seed keeps its bins and deals equal lengths out anew).
+    time_limit: seconds after which `optimal` gives up with an error; it never changes a result.
+    Raises ValueError for a length under 1 or over the capacity (naming the first one and how many there are), for
+    an unknown algorithm and for parameters out of range.
+    """
+    if algo not in ALGORITHMS:
+        raise ValueError(f"unknown packing algorithm {algo!r}: use one of {', '.join(ALGORITHMS)}.")
+    if max_docs is not None and max_docs < 1:
+        raise ValueError(f"max_docs is {max_docs}: use at least 1, or None for no limit.")
+    checked = Lengths(lengths, capacity, align)
+    limit = max(checked.lengths.size, 1) if max_docs is None else min(max_docs, max(checked.lengths.size, 1))
+    return ALGORITHMS[algo](checked, limit, seed, time_limit)
+
+
+def _result(lengths: Lengths, bin_ids: np.ndarray, num_bins: int, max_docs: int, algo: str) -> Packing:
+    h = lengths.histogram
+    fill = h.tokens / (num_bins * lengths.capacity) if num_bins else 1.0
+    return Packing(bin_ids, int(num_bins), lower_bound(h, max_docs), fill, algo)
