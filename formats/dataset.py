@@ -26,7 +26,8 @@ class ThdPack(NamedTuple):
 
 
 class SeqIdPack(NamedTuple):
-    """One sequence-ID pack, read-only views: the first four int32[capacity], `doc_ids` int64[S], `doc_offsets` int32[S]."""
+    """One sequence-ID pack of S documents, read-only views: the first four columns int32[capacity], `doc_ids` int64[S],
+    `doc_offsets` int32[S]."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -61,10 +62,9 @@ class PackIndex:
 def write_index(path: Path, columns: dict[str, np.ndarray]) -> FileEntry:
     """Write `packs.arrow` atomically from arrays of equal length named as in `PACKS_SCHEMA`."""
     arrays = [pa.array(np.ascontiguousarray(columns[f.name]), type=f.type) for f in PACKS_SCHEMA]
-    with atomic_write(path) as file:
-        with pa.ipc.new_file(pa.PythonFile(file, mode="w"), PACKS_SCHEMA) as writer:
-            # One record batch, so that every column is one contiguous view when mapped.
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=PACKS_SCHEMA))
+    with atomic_write(path) as file, pa.ipc.new_file(pa.PythonFile(file, mode="w"), PACKS_SCHEMA) as writer:
+        # One record batch, so that every column is one contiguous view when mapped.
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=PACKS_SCHEMA))
     return FileEntry(Path(path).name, file.bytes, file.hexdigest())
 
 
@@ -133,6 +133,6 @@ class PackedDataset:
         if pack_digest(self[index]) != int(self.index.xxh3[index]):
             number = int(self.index.shard[index])
             raise ValueError(
-                f"{self.folder / self._shard_names[number]}: row {int(self.index.row[index])} (pack {index}) is damaged: "
-                "its hash is not the one in packs.arrow; restore the shard from a copy or pack again"
+                f"{self.folder / self._shard_names[number]}: row {int(self.index.row[index])} (pack {index}) is "
+                "damaged: its hash is not the one in packs.arrow; restore the shard from a copy or pack again"
             )

@@ -94,7 +94,8 @@ def zigzag_indices(slots: np.ndarray, cp: int, cp_rank: int) -> np.ndarray:
         return np.arange(slots.sum())
     if (bad := np.flatnonzero(slots % (2 * cp))).size:
         raise ValueError(
-            f"slot {bad[0]} of {slots[bad[0]]} tokens is not a multiple of {2 * cp}; pack with --cp {cp} (or a multiple)"
+            f"slot {bad[0]} of {slots[bad[0]]} tokens is not a multiple of {2 * cp}; "
+            f"pack with --cp {cp} (or a multiple)"
         )
     chunk = slots // (2 * cp)
     starts = np.cumsum(slots) - slots

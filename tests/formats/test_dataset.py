@@ -1,0 +1,193 @@
+"""Shards, manifest and index: what is written comes back, views are read-only, damage is named."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from formats.dataset import PackedDataset, SeqIdPack, ThdPack
+from formats.layout import seqid_to_thd
+from formats.manifest import read_manifest
+from formats.schema import METADATA_KEY
+from formats.shard import FileEntry, Shard, atomic_write, file_digest
+from make_shards import make_shards, random_packs
+
+CAPACITY = 48
+
+
+@pytest.fixture
+def rows():
+    return random_packs(np.random.default_rng(7), 13, CAPACITY, 4, 100)
+
+
+@pytest.fixture
+def folder(tmp_path, rows):
+    return make_shards(tmp_path / "packed", rows, capacity=CAPACITY, align=4, cp=2)
+
+
+def test_rows_come_back_as_written(folder, rows):
+    dataset = PackedDataset(folder)
+    assert len(dataset) == len(rows) == 13
+    for i, row in enumerate(rows):
+        pack = dataset[i]
+        assert isinstance(pack, ThdPack)
+        for got, wanted in zip(pack, row, strict=True):
+            assert got.dtype == wanted.dtype
+            np.testing.assert_array_equal(got, wanted)
+        dataset.check(i)
+    with pytest.raises(IndexError):
+        dataset[13]
+
+
+def test_views_are_zero_copy_and_read_only(folder):
+    pack = PackedDataset(folder)[3]
+    for array in pack:
+        assert not array.flags.owndata
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+def test_sequence_id_shards_hold_the_same_packs(tmp_path, rows):
+    dataset = PackedDataset(make_shards(tmp_path / "s", rows, capacity=CAPACITY, align=4, kind="seqid"))
+    for i, row in enumerate(rows):
+        pack = dataset[i]
+        assert isinstance(pack, SeqIdPack)
+        assert len(pack.input_ids) == CAPACITY
+        back = seqid_to_thd(pack.input_ids, pack.attention_mask, pack.labels, align=4)
+        for got, wanted in zip((*back, pack.doc_ids, pack.doc_offsets), row, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        dataset.check(i)
+
+
+def test_hugging_face_datasets_opens_the_shards(folder, rows, tmp_path):
+    files = sorted(str(p) for p in (folder / "shards").iterdir())
+    table = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert table.num_rows == len(rows)
+    assert table[4]["input_ids"] == rows[4][0].tolist()
+    assert table[4]["seq_lens"] == rows[4][2].tolist()
+
+
+def test_essentials_stand_in_every_shard(folder):
+    essentials = Shard(folder / "shards" / "00001.arrow", "thd").essentials
+    assert essentials == {"align": 4, "capacity": CAPACITY, "format_version": 1, "kind": "thd"}
+    assert METADATA_KEY == b"meshpack"
+
+
+def test_files_are_listed_with_their_checksums(folder):
+    manifest = read_manifest(folder)
+    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert {entry.name for entry in manifest.files} == on_disk
+    for entry in manifest.files:
+        assert file_digest(folder / entry.name) == entry.xxh3_128
+
+
+def test_the_same_rows_give_the_same_bytes_and_resharding_keeps_the_fingerprint(tmp_path, rows, folder):
+    again = make_shards(tmp_path / "again", rows, capacity=CAPACITY, align=4, cp=2)
+    assert (again / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
+    other = make_shards(tmp_path / "other", rows, capacity=CAPACITY, align=4, cp=2, shard_packs=3, batch_packs=3)
+    assert read_manifest(other).fingerprint == read_manifest(folder).fingerprint
+    swapped = make_shards(tmp_path / "swapped", [rows[1], rows[0], *rows[2:]], capacity=CAPACITY, align=4, cp=2)
+    assert read_manifest(swapped).fingerprint != read_manifest(folder).fingerprint
+
+
+def test_any_flipped_bit_of_a_pack_is_found(folder):
+    shard = folder / "shards" / "00001.arrow"
+    dataset = PackedDataset(folder)
+    whole = shard.read_bytes()
+    ids = dataset[6].input_ids.tobytes()
+    at = whole.index(ids)
+    damaged = bytearray(whole)
+    damaged[at + 5] ^= 16
+    shard.write_bytes(damaged)
+    reopened = PackedDataset(folder)
+    reopened.check(5)
+    with pytest.raises(ValueError, match=r"00001\.arrow: row 1 \(pack 6\) is damaged"):
+        reopened.check(6)
+
+
+def test_a_missing_manifest_means_unfinished(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"unfinished.*prep pack --resume"):
+        PackedDataset(folder)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        PackedDataset(tmp_path / "nowhere")
+
+
+def test_a_folder_of_splits_names_them(folder):
+    folder.rename(folder.parent / "train")
+    with pytest.raises(ValueError, match="holds the packed folders train; name one"):
+        PackedDataset(folder.parent)
+
+
+def edit(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_an_edited_manifest_is_refused(folder):
+    edit(folder, capacity=64)
+    with pytest.raises(ValueError, match="edited or damaged"):
+        read_manifest(folder)
+
+
+def test_another_format_version_is_refused(folder):
+    edit(folder, format_version=99)
+    with pytest.raises(ValueError, match="format version 99, but this meshpack reads version 1"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '{"format_version": 1}'])
+def test_what_is_no_manifest_is_refused(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="not a manifest"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "shards/../../x", "shards//x", "a\\b"])
+def test_file_names_cannot_leave_the_folder(tmp_path, rows, name):
+    folder = make_shards(tmp_path / "p", rows, capacity=CAPACITY, files=(FileEntry(name, 1, "x"),))
+    with pytest.raises(ValueError, match="leaves the folder"):
+        read_manifest(folder)
+
+
+def test_a_truncated_or_missing_shard_is_named_at_open(folder):
+    shard = folder / "shards" / "00002.arrow"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-8])
+    with pytest.raises(ValueError, match=r"00002\.arrow: \d+ bytes, but the manifest says"):
+        PackedDataset(folder)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"00002\.arrow: missing"):
+        PackedDataset(folder)
+
+
+def test_a_shard_that_is_no_arrow_file_is_named(folder):
+    shard = folder / "shards" / "00000.arrow"
+    shard.write_bytes(b"\0" * shard.stat().st_size)
+    with pytest.raises(ValueError, match=r"00000\.arrow: not a readable Arrow file"):
+        PackedDataset(folder)[0]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    target = tmp_path / "file"
+    with pytest.raises(RuntimeError), atomic_write(target) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_write(target) as file:
+        file.write(b"whole")
+    assert target.read_bytes() == b"whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_replacement_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    with pytest.raises(RuntimeError), atomic_write(target) as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert target.read_bytes() == b"old"
