@@ -6,7 +6,8 @@
 (2, 2, 1.0)
 """
 
+from prep.packing.oversize import cut, cut_stream
 from prep.packing.planner import ALGORITHMS, pack
 from prep.packing.result import Packing
 
-__all__ = ["ALGORITHMS", "Packing", "pack"]
+__all__ = ["ALGORITHMS", "Packing", "cut", "cut_stream", "pack"]

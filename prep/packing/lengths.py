@@ -41,9 +41,9 @@ class Lengths:
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int, align: int) -> None:
-        self.lengths = _as_integers(lengths)
-        self.align = _positive("align", align)
-        self.capacity = _positive("capacity", capacity)
+        self.lengths = as_integers(lengths)
+        self.align = positive("align", align)
+        self.capacity = positive("capacity", capacity)
         if self.capacity > MAX_CAPACITY:
             raise ValueError(f"capacity {capacity} is over {MAX_CAPACITY}: positions in a pack are 32-bit; use less.")
         if self.align > self.capacity:
@@ -158,7 +158,7 @@ def count_keys(keys, counts):
     return bad
 
 
-def _as_integers(lengths: np.ndarray) -> np.ndarray:
+def as_integers(lengths: np.ndarray) -> np.ndarray:
     x = np.asarray(lengths)
     if x.ndim != 1:
         raise ValueError(f"lengths have shape {x.shape}: give one length per document, a one-dimensional array.")
@@ -169,7 +169,7 @@ def _as_integers(lengths: np.ndarray) -> np.ndarray:
     return x
 
 
-def _positive(name: str, value: int) -> int:
+def positive(name: str, value: int) -> int:
     if value != int(value) or value < 1:
         raise ValueError(f"{name} is {value}: use a positive whole number.")
     return int(value)

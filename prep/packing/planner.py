@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from prep.packing.bfd import bfd
 from prep.packing.bounds import lower_bound
 from prep.packing.ffd import ffd
 from prep.packing.greedy import greedy
@@ -23,9 +24,15 @@ def _ffd(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -
     return _result(lengths, bin_ids, plan.num_bins, max_docs, "ffd")
 
 
+def _bfd(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
+    plan = bfd(lengths.histogram, max_docs)
+    return _result(lengths, assign(lengths, plan, seed), plan.num_bins, max_docs, "bfd")
+
+
 ALGORITHMS: dict[str, Callable[[Lengths, int, int, float | None], Packing]] = {
     "greedy": _greedy,
     "ffd": _ffd,
+    "bfd": _bfd,
 }
 
 
