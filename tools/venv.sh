@@ -15,6 +15,23 @@ find_python() {
     return 1
 }
 
+# Run a command with its output in a log; a terminal sees the seconds and the log's last line meanwhile.
+watched() {
+    local log=.venv/install.log
+    "$@" >"$log" 2>&1 &
+    local pid=$!
+    while [ -t 1 ] && kill -0 "$pid" 2>/dev/null; do
+        printf '\r\033[K   %3d s  %.80s' "$SECONDS" "$(tail -n 1 "$log" | tr -d '\r')"
+        sleep 0.5
+    done
+    [ -t 1 ] && printf '\r\033[K'
+    if ! wait "$pid"; then
+        cat "$log" >&2
+        echo "error: '$*' failed; the lines above say why" >&2
+        exit 1
+    fi
+}
+
 make_venv() {
     local extras=$1 python stamp
     shift
@@ -35,12 +52,10 @@ make_venv() {
     if ! command -v nvidia-smi >/dev/null; then
         torch=("torch==2.13.0")
     fi
-    # The log keeps an interactive run readable; it is shown whole when something fails.
-    if ! .venv/bin/python -m pip install --disable-pip-version-check -e ".[$extras]" "${torch[@]}" >.venv/install.log 2>&1 ||
-        { [ $# -gt 0 ] && ! .venv/bin/python -m pip install --disable-pip-version-check --no-deps "$@" >>.venv/install.log 2>&1; }; then
-        cat .venv/install.log >&2
-        echo "error: the installation failed; its last lines above say why" >&2
-        exit 1
+    local pip=(.venv/bin/python -m pip install --disable-pip-version-check)
+    watched "${pip[@]}" -e ".[$extras]" "${torch[@]}"
+    if [ $# -gt 0 ]; then
+        watched "${pip[@]}" --no-deps "$@"
     fi
     cp pyproject.toml "$stamp"
 }
