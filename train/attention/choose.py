@@ -1,0 +1,56 @@
+"""Which attention kernel a run uses: the one asked for, or the best that can serve the model; refused if none can."""
+
+import torch
+from torch import Tensor
+
+from train.attention.cpu import CPU
+from train.attention.interface import Backend, Segments
+from train.attention.torch_varlen import TORCH
+
+BACKENDS = {backend.name: backend for backend in (TORCH, CPU)}  # in the order in which `auto` tries them
+
+# Kernels a user may know that take one dense row and would let every document read the ones before it.
+CANNOT_ISOLATE = ("sdpa", "eager", "math")
+
+
+def choose_backend(name: str, device: str, dtype: torch.dtype, head_dim: int, *, softcap: bool = False) -> Backend:
+    """Return the kernel `name`, or for "auto" the first of `BACKENDS` that can serve the model.
+
+    Raises ValueError saying why a kernel is refused, and which can be used instead.
+    """
+    refusals = {b.name: b.refusal(device, dtype, head_dim, softcap) for b in BACKENDS.values()}
+    usable = [backend for backend, reason in refusals.items() if reason is None]
+    instead = f"use {' or '.join(usable)}" if usable else "no kernel can serve this model on this device"
+    if name in CANNOT_ISOLATE:
+        raise ValueError(f"Attention backend {name!r} cannot keep packed documents apart: {instead}.")
+    if name == "auto":
+        if not usable:
+            reasons = "; ".join(f"{backend}: {reason}" for backend, reason in refusals.items())
+            raise ValueError(f"No attention backend can serve this model on {device} ({reasons}).")
+        return BACKENDS[usable[0]]
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown attention backend {name!r}: choose auto, {', '.join(BACKENDS)}.")
+    if refusals[name] is not None:
+        raise ValueError(f"Attention backend {name!r} is refused: {refusals[name]}; {instead}.")
+    return BACKENDS[name]
+
+
+def varlen_attention(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    segments: Segments,
+    *,
+    backend: str,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention inside each document of a packed row: `out_TNH`, same dtype as `q_TNH`.
+
+    `scale` multiplies the scores; `window` is the number of visible keys, the query's own included; `softcap` bounds
+    the scores by `softcap·tanh(score/softcap)`.
+    """
+    ends, longest = segments.cu_seqlens, segments.max_seqlen
+    op = BACKENDS[backend].op
+    return op(q_TNH, k_TKH, v_TKH, ends, ends, longest, longest, scale, window, softcap)[0]

@@ -1,0 +1,159 @@
+"""Attention on CPU: a loop over the documents.
+
+Ten times faster than one call with a dense mask over the pack, since nothing outside a document is ever computed. A
+plain causal document goes to torch's CPU flash kernel, which groups query heads itself and also runs in float64. A
+window, a softcap or more keys than queries go through blocks of plain matrix products: the flash kernel's `is_causal`
+is aligned top-left, it knows no softcap, and a mask would cost the whole square where a window needs a band.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from train.attention.interface import Backend, as_op
+
+BLOCK = 512  # query rows a step of the matrix-product path: scores of N·512·(512 + window) stay in the caches
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def forward(
+    q_TNH: Tensor,
+    k_UKH: Tensor,
+    v_UKH: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """See `train.attention.interface.Backend`. Rows that belong to no document are 0, with log-sum-exp −inf."""
+    accumulate = torch.promote_types(q_TNH.dtype, torch.float32)
+    out_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
+    lse_NT = q_TNH.new_full((q_TNH.shape[1], q_TNH.shape[0]), -torch.inf, dtype=accumulate)
+    for queries, keys, is_square in _documents(cu_seqlens_q, cu_seqlens_k):
+        if is_square and window is None and softcap is None:
+            q, k, v = (_batched(x) for x in (q_TNH[queries], k_UKH[keys], v_UKH[keys]))
+            out, lse = _flash(q, k, v, 0.0, True, scale=scale)
+            out_TNH[queries] = out[0].transpose(0, 1)
+            lse_NT[:, queries] = lse[0]
+            continue
+        for rows, columns, visible in _blocks(queries, keys, window):
+            scores = _scores(q_TNH[rows], k_UKH[columns], scale, softcap)[0].masked_fill_(~visible, -torch.inf)
+            lse = scores.logsumexp(-1)
+            # a query without any visible key: exp(−inf − 0) = 0 instead of exp(−inf + inf) = nan
+            weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+            out_TNH[rows] = _merge_heads(weights @ _per_group(v_UKH[columns]).to(accumulate)).to(out_TNH.dtype)
+            lse_NT[:, rows] = lse.flatten(0, 1)
+    return out_TNH, lse_NT
+
+
+def backward(
+    grad_out_TNH: Tensor,
+    q_TNH: Tensor,
+    k_UKH: Tensor,
+    v_UKH: Tensor,
+    out_TNH: Tensor,
+    lse_NT: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from the saved output and log-sum-exp (the recomputation of FlashAttention-2)."""
+    accumulate = lse_NT.dtype
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_TNH, k_UKH, v_UKH))
+    for queries, keys, is_square in _documents(cu_seqlens_q, cu_seqlens_k):
+        if is_square and window is None and softcap is None:
+            of_queries = [_batched(x[queries]) for x in (grad_out_TNH, q_TNH, out_TNH)]
+            grad_out, q, out = of_queries
+            k, v = _batched(k_UKH[keys]), _batched(v_UKH[keys])
+            lse = lse_NT[:, queries].t().contiguous().t()[None]  # the layout in which the kernel returns it
+            grads = _flash_backward(grad_out, q, k, v, out, lse, 0.0, True, scale=scale)
+            for target, rows, grad in zip((grad_q, grad_k, grad_v), (queries, keys, keys), grads, strict=True):
+                target[rows] = grad[0].transpose(0, 1)
+            continue
+        for rows, columns, visible in _blocks(queries, keys, window):
+            scores, slope = _scores(q_TNH[rows], k_UKH[columns], scale, softcap)
+            kv_heads = k_UKH.shape[1]
+            lse = lse_NT[:, rows].unflatten(0, (kv_heads, -1))
+            lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]  # no visible key: weights 0
+            weights = torch.exp(scores - lse).masked_fill_(~visible, 0.0)
+            grad_out, out, q = (_split_heads(x[rows], kv_heads).to(accumulate) for x in (grad_out_TNH, out_TNH, q_TNH))
+            k, v = (_per_group(x[columns]).to(accumulate) for x in (k_UKH, v_UKH))
+            grad_scores = weights * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True)) * scale
+            if slope is not None:
+                grad_scores *= slope
+            grad_q[rows] = _merge_heads(grad_scores @ k).to(grad_q.dtype)
+            grad_k[columns] += _sum_group(grad_scores.mT @ q).to(grad_k.dtype)
+            grad_v[columns] += _sum_group(weights.mT @ grad_out).to(grad_v.dtype)
+    return grad_q, grad_k, grad_v
+
+
+def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice, bool]]:
+    """(query rows, key rows, as many of both) of every document that has queries."""
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for s in range(len(ends_q) - 1):
+        queries, keys = slice(ends_q[s], ends_q[s + 1]), slice(ends_k[s], ends_k[s + 1])
+        if queries.stop > queries.start and keys.stop > keys.start:
+            yield queries, keys, queries.stop - queries.start == keys.stop - keys.start
+
+
+def _blocks(queries: slice, keys: slice, window: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Cut a document into blocks of queries, each with the keys it can see and its mask [rows, columns]."""
+    shift = keys.stop - queries.stop  # bottom-right: query row t stands at key row t + shift
+    for start in range(queries.start, queries.stop, BLOCK):
+        stop = min(start + BLOCK, queries.stop)
+        first = keys.start if window is None else max(keys.start, start + shift - window + 1)
+        last = max(keys.start + 1, stop + shift)  # at least one column, masked, when nothing is visible
+        distance = torch.arange(start, stop)[:, None] + shift - torch.arange(first, last)
+        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        yield slice(start, stop), slice(first, last), visible
+
+
+def _scores(q_TNH: Tensor, k_UKH: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Scores [K, N/K, T, U] in the accumulation type, and their slope against the uncapped ones (None: 1)."""
+    accumulate = torch.promote_types(q_TNH.dtype, torch.float32)
+    kv_heads = k_UKH.shape[1]
+    scores = (_split_heads(q_TNH, kv_heads).to(accumulate) * scale) @ _per_group(k_UKH).to(accumulate).mT
+    if softcap is None:
+        return scores, None
+    tanh = torch.tanh(scores / softcap)
+    return softcap * tanh, 1 - tanh * tanh
+
+
+def _batched(x_TNH: Tensor) -> Tensor:
+    return x_TNH.transpose(0, 1)[None]  # a view [1, N, T, H]: the kernel takes strides
+
+
+def _split_heads(x_TNH: Tensor, kv_heads: int) -> Tensor:
+    return x_TNH.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [K, N/K, T, H]
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.permute(2, 0, 1, 3).flatten(1, 2)  # [K, N/K, T, H] -> [T, N, H]
+
+
+def _per_group(x_UKH: Tensor) -> Tensor:
+    return x_UKH.transpose(0, 1)[:, None]  # [K, 1, U, H], broadcast over the query heads of a group
+
+
+def _sum_group(x: Tensor) -> Tensor:
+    return x.sum(1).transpose(0, 1)  # [K, N/K, U, H] -> [U, K, H]
+
+
+CPU = Backend(
+    name="cpu",
+    op=as_op("attention_cpu", forward, backward),
+    backward=backward,
+    devices=("cpu",),
+    dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    softcap=True,
+)
