@@ -1,0 +1,161 @@
+"""Checkpoints of model, optimizer and data position: whole or not there, and loadable on any mesh.
+
+    OUT/checkpoints/step-00000042/   the tensors, written by torch.distributed.checkpoint
+                                 complete.json   written last: a folder without it is ignored
+
+The position in the data is one integer, the packs consumed, valid only under the same data state. The learning rate and
+everything random are functions of the step, so nothing else is kept and another world size resumes exactly.
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from formats.shard import write_json
+
+MARK = "complete.json"
+FOLDER = "checkpoints"
+VERSION = 1
+
+# Flat names (parameter.exp_avg) instead of nested ones survive a different split of the parameters over ranks.
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass(frozen=True)
+class DataState:
+    """What a data position is valid under."""
+
+    fingerprints: tuple[str, ...]
+    weights: tuple[float, ...]
+    seed: int
+    batch_packs: int
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: optimizer steps done and packs consumed, under `data`."""
+
+    step: int
+    consumed: int
+    data: DataState
+
+
+def step_folder(out: Path, step: int) -> Path:
+    return Path(out) / FOLDER / f"step-{step:08d}"
+
+
+def whole_checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints under a run's folder, oldest first."""
+    return sorted(mark.parent for mark in (Path(out) / FOLDER).glob(f"step-*/{MARK}"))
+
+
+def read_position(folder: Path) -> Position:
+    """The position that a complete checkpoint holds.
+
+    Raises: ValueError when the folder is no complete checkpoint or of another version.
+    """
+    path = Path(folder) / MARK
+    try:
+        value = json.loads(path.read_bytes())
+        version, data = value["version"], value["data"]
+        position = Position(
+            value["step"],
+            value["consumed"],
+            DataState(tuple(data["fingerprints"]), tuple(data["weights"]), data["seed"], data["batch_packs"]),
+        )
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder}: no complete checkpoint (there is no {MARK}); name a folder step-… that has one"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the mark of a checkpoint ({error!r}); resume from another one") from None
+    if version != VERSION:
+        raise ValueError(
+            f"{path}: checkpoint version {version}, this trainer reads {VERSION}; resume with the one that wrote it"
+        )
+    return position
+
+
+def check_data_state(folder: Path, saved: DataState, now: DataState) -> None:
+    """Raise a ValueError that names the first field in which the data of a checkpoint and of this run differ."""
+    ways = {
+        "fingerprints": "the shards are not the ones of the checkpoint; give --shards the folder it was trained on",
+        "weights": "give --shards the weights of the checkpoint",
+        "seed": "give --seed the value of the checkpoint",
+        "batch_packs": "give --batch-packs the value of the checkpoint",
+    }
+    for field in dataclasses.fields(DataState):
+        before, after = getattr(saved, field.name), getattr(now, field.name)
+        if before != after:
+            raise ValueError(
+                f"{folder}: cannot resume, {field.name} was {before} and is now {after}, so the position in the data "
+                f"means nothing: {ways[field.name]}"
+            )
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one run; every method is called by all ranks together."""
+
+    def __init__(self, out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int):
+        self._out, self._model, self._optimizer, self._keep = Path(out), model, optimizer, keep
+        # A group of its own: planning talks over gloo and must never meet the collectives of training.
+        self._group = dist.new_group(backend="gloo")
+
+    def save(self, position: Position) -> Path:
+        """Write the checkpoint of `position`, mark it complete, then drop all but the newest `keep`."""
+        folder = step_folder(self._out, position.step)
+        if dist.get_rank() == 0:
+            # What is left of a save that was killed.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        dist.barrier(self._group)
+        dcp.save(self._state(), checkpoint_id=folder, process_group=self._group)
+        if dist.get_rank() == 0:
+            write_json(folder / MARK, {"version": VERSION, **dataclasses.asdict(position)})
+            for old in whole_checkpoints(self._out)[: -self._keep] if self._keep else []:
+                (
+                    old / MARK
+                ).unlink()  # first the mark: a kill in between must not leave half a checkpoint that looks whole
+                shutil.rmtree(old)
+        dist.barrier(self._group)
+        return folder
+
+    def load(self, folder: Path) -> None:
+        """Fill model and optimizer in place from a complete checkpoint, whatever mesh wrote it.
+
+        Raises: ValueError when its tensors are not those of this model.
+        """
+        state = self._state()
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        flat = {f"{part}.{name}": value for part, tensors in state.items() for name, value in tensors.items()}
+        for name, value in flat.items():
+            if name not in stored:
+                raise ValueError(f"{folder}: has no {name}, so it is the checkpoint of another model; check --model")
+            size = getattr(stored[name], "size", None)
+            if isinstance(value, torch.Tensor) and size is not None and size != value.shape:
+                raise ValueError(
+                    f"{folder}: {name} is {tuple(size)} there and {tuple(value.shape)} in this model; check --model"
+                )
+        dcp.load(state, checkpoint_id=folder, process_group=self._group)
+        set_model_state_dict(self._model, state["model"])
+        set_optimizer_state_dict(self._model, self._optimizer, state["optimizer"], options=_OPTIONS)
+
+    def _state(self) -> dict[str, dict]:
+        return {
+            "model": get_model_state_dict(self._model),
+            "optimizer": get_optimizer_state_dict(self._model, self._optimizer, options=_OPTIONS),
+        }

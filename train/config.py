@@ -1,0 +1,300 @@
+"""What a run is told: one tree of frozen dataclasses, its flags, and the table of supported combinations.
+
+Every leaf of the tree is a flag: the field `batch_packs` is `--batch-packs` on the command line and `batch-packs` (or
+`batch_packs`) in the file that `--config` names. The command line wins over the file, the file over the defaults.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+
+def _flag(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the packs come from and how many make a step."""
+
+    shards: str | None = _flag(None, "folder of packed shards to train on (written by `prep pack`)")
+    eval_shards: str | None = _flag(None, "folder of packed shards to evaluate on")
+    batch_packs: int = _flag(8, "packs per optimizer step, over all ranks")
+    micro_packs: int = _flag(1, "packs in one forward row")
+    verify: str = _flag("pack", "check every pack's xxh3 before it is used", ("off", "pack"))
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which weights, and in which precision they are computed."""
+
+    model: str | None = _flag(None, "Hugging Face folder of the model (config.json and safetensors)")
+    dtype: str = _flag(
+        "float32", "parameters in forward and backward; the optimizer keeps float32", ("float32", "bfloat16")
+    )
+    reduce_dtype: str = _flag("float32", "sum of the gradients over ranks", ("float32", "bfloat16"))
+    recompute: str = _flag("none", "activations recomputed in backward", ("none", "full"))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the five mesh axes, and what runs on them."""
+
+    device: str = _flag("auto", "where to run; auto takes CUDA when there is any", ("auto", "cpu", "cuda"))
+    threads: int = _flag(0, "CPU threads per rank; 0: the machine's cores divided among its ranks")
+    pp: int = _flag(1, "pipeline stages")
+    dp_replicate: int = _flag(1, "replicas of the sharded model (HSDP when more than 1)")
+    dp_shard: int = _flag(-1, "ranks a replica is sharded over; -1: all that are left")
+    cp: int = _flag(1, "context-parallel ranks")
+    tp: int = _flag(1, "tensor-parallel ranks")
+    ep: int = _flag(1, "expert-parallel ranks")
+    cpu_offload: bool = _flag(False, "keep parameters, gradients and optimizer state in host memory")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with warm-up and cosine decay."""
+
+    lr: float = _flag(1e-5, "peak learning rate")
+    warmup_steps: int = _flag(0, "steps of linear warm-up")
+    min_lr_ratio: float = _flag(0.1, "learning rate at the end of the cosine over the peak")
+    weight_decay: float = _flag(0.01, "decoupled weight decay of matrices (vectors have none)")
+    beta1: float = _flag(0.9, "decay of AdamW's first moment")
+    beta2: float = _flag(0.95, "decay of AdamW's second moment")
+    max_grad_norm: float = _flag(1.0, "gradients are scaled down to this norm; 0: only measured")
+    on_nonfinite: str = _flag(
+        "stop", "what a loss or gradient that is not finite does before the optimizer step", ("stop", "skip")
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long, where to, and what is kept."""
+
+    out: str | None = _flag(None, "folder of the run: metrics, checkpoints, export")
+    steps: int = _flag(0, "optimizer steps in all; 0: what --epochs makes")
+    epochs: int = _flag(1, "passes over the shards (with --steps: at most that many steps)")
+    seed: int = _flag(0, "seeds the order of the packs and everything random")
+    eval_every: int = _flag(0, "evaluate every N steps as well as before and after; 0: never between")
+    eval_packs: int = _flag(0, "packs of an evaluation, the first N; 0: all")
+    save_every: int = _flag(0, "checkpoint every N steps; 0: only at the end or when told to stop")
+    keep: int = _flag(2, "checkpoints kept, the newest N; 0: all")
+    resume: str = _flag("never", "never, auto (the last whole checkpoint under --out) or the PATH of a checkpoint")
+    export: bool = _flag(True, "write OUT/hf at the end, a Hugging Face folder")
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data = Data()
+    model: Model = Model()
+    layout: Layout = Layout()
+    optim: Optim = Optim()
+    run: Run = Run()
+
+
+REQUIRED = ("shards", "model", "out")
+
+POSITIVE = ("batch_packs", "micro_packs", "pp", "dp_replicate", "cp", "tp", "ep", "epochs", "lr")
+NOT_NEGATIVE = (
+    *("threads", "steps", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "beta1", "beta2"),
+    *("eval_every", "eval_packs", "save_every", "keep"),
+)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A row of the table. `refused` is None for what is supported; `note` is then where it is proven, else the
+    reason of the refusal and the way out. `example` are flags (and the world size) that make the combination."""
+
+    name: str
+    example: dict[str, Any]
+    note: str
+    refused: Callable[[Config], bool] | None = None
+
+
+COMBINATIONS = (
+    Combination("FSDP2 (dp_shard)", {}, "tests/dist/test_parity.py"),
+    Combination("HSDP (dp_replicate × dp_shard)", {"dp_replicate": 2}, "tests/dist/test_parity.py"),
+    Combination("gradient accumulation", {"batch_packs": 6, "micro_packs": 2}, "tests/dist/test_parity.py"),
+    Combination("activation recompute", {"recompute": "full"}, "tests/dist/test_parity.py"),
+    Combination(
+        "context parallelism",
+        {"cp": 2},
+        "--cp {cp} is not driven yet: leave it at 1; shards packed with any `prep pack --cp` train as they lie",
+        lambda c: c.layout.cp > 1,
+    ),
+    Combination(
+        "tensor parallelism",
+        {"tp": 2},
+        "--tp {tp} is not driven yet: leave it at 1, the ranks then shard the model over dp_shard",
+        lambda c: c.layout.tp > 1,
+    ),
+    Combination(
+        "pipeline parallelism",
+        {"pp": 2},
+        "--pp {pp} is not driven yet: leave it at 1, the ranks then shard the model over dp_shard",
+        lambda c: c.layout.pp > 1,
+    ),
+    Combination(
+        "expert parallelism",
+        {"ep": 2},
+        "--ep {ep} is not driven yet: leave it at 1, no mixture-of-experts model is supported",
+        lambda c: c.layout.ep > 1,
+    ),
+)
+"""THE table: `check` takes its error from it, a test walks it, `matrix` prints it for the README."""
+
+
+def matrix() -> str:
+    """The table of supported combinations in Markdown."""
+    lines = ["| combination | flags | supported | proof, or reason |", "|---|---|---|---|"]
+    for row in COMBINATIONS:
+        flags = " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in row.example.items()) or "default"
+        note = row.note.format(**row.example)
+        lines.append(f"| {row.name} | {flags} | {'no' if row.refused else 'yes'} | {note} |")
+    return "\n".join(lines)
+
+
+def check(config: Config) -> None:
+    """Raise a ValueError of one sentence for a value out of range or a combination that the table refuses."""
+    flat = flatten(config)
+    for name in REQUIRED:
+        if not flat[name]:
+            raise ValueError(f"--{name} is missing; give it on the command line or in the --config file")
+    for name in POSITIVE:
+        if not flat[name] > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, not {flat[name]}")
+    for name in NOT_NEGATIVE:
+        if not flat[name] >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, as {flat[name]} is")
+    if config.layout.dp_shard != -1 and config.layout.dp_shard < 1:
+        raise ValueError(f"--dp-shard must be at least 1, or -1 for all ranks left, not {config.layout.dp_shard}")
+    if not (config.optim.beta1 < 1 and config.optim.beta2 < 1):
+        raise ValueError(f"--beta1 and --beta2 must be below 1, not {config.optim.beta1} and {config.optim.beta2}")
+    for row in COMBINATIONS:
+        if row.refused and row.refused(config):
+            raise ValueError(row.note.format(**flat))
+
+
+def leaves() -> dict[str, tuple[str, dataclasses.Field]]:
+    """Name of every flag → (section of the tree, its field)."""
+    return {
+        leaf.name: (section.name, leaf)
+        for section in dataclasses.fields(Config)
+        for leaf in dataclasses.fields(section.type)
+    }
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The tree as one dict of flag name (with underscores) → value, for messages and for the record of a run."""
+    return {name: getattr(getattr(config, section), name) for name, (section, _) in leaves().items()}
+
+
+def build(values: dict[str, Any]) -> Config:
+    """A Config with `values` (flag name with underscores → value) over the defaults; nothing is checked."""
+    sections: dict[str, dict[str, Any]] = {section.name: {} for section in dataclasses.fields(Config)}
+    for name, value in values.items():
+        sections[leaves()[name][0]][name] = value
+    return Config(**{s.name: s.type(**sections[s.name]) for s in dataclasses.fields(Config)})
+
+
+def parse(argv: list[str]) -> Config:
+    """The checked Config of a command line.
+
+    Raises: ValueError with one sentence for anything wrong in the flags, the file or the combination of both.
+    SystemExit(0) after --help.
+    """
+    parser = _Parser(
+        prog="train/main.py",
+        description="Train on packed shards. Start it with torchrun, or with python on one device.",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="file with any of these flags; the command line wins")
+    for section in dataclasses.fields(Config):
+        group = parser.add_argument_group(section.type.__doc__.splitlines()[0])
+        for leaf in dataclasses.fields(section.type):
+            _add_flag(group, leaf)
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    values = (_read_file(Path(path)) if path else {}) | given
+    config = build({name: _convert(name, value) for name, value in values.items()})
+    check(config)
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any):
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (train/main.py --help lists the flags)")
+
+
+def _add_flag(group: argparse._ArgumentGroup, leaf: dataclasses.Field) -> None:
+    name = "--" + leaf.name.replace("_", "-")
+    default = "" if leaf.default is None else f" (default: {str(leaf.default).lower()})"
+    help_text = (leaf.metadata["help"] + default).replace("%", "%%")
+    if leaf.type is bool:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, help=leaf.metadata["help"] + default)
+        return
+    choices = leaf.metadata["choices"]
+    group.add_argument(
+        name, metavar="|".join(choices) if choices else _base_type(leaf).__name__.upper(), help=help_text
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"--config {path}{line} is not YAML") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in leaves():
+            near = difflib.get_close_matches(name, leaves(), n=1)
+            hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
+            raise ValueError(f"--config {path}: there is no flag {key}{hint}")
+        values[name] = value
+    return values
+
+
+def _base_type(leaf: dataclasses.Field) -> type:
+    """The type of a leaf without its `| None`."""
+    if isinstance(leaf.type, types.UnionType):
+        return next(t for t in typing.get_args(leaf.type) if t is not type(None))
+    return leaf.type
+
+
+def _convert(name: str, value: Any) -> Any:
+    """`value` of the command line (a string) or of the file (what YAML made of it) as the type of its leaf."""
+    leaf = leaves()[name][1]
+    flag, kind, choices = "--" + name.replace("_", "-"), _base_type(leaf), leaf.metadata["choices"]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{flag} must be true or false, not {value!r}")
+        return value
+    if isinstance(value, bool | list | dict) or value is None:
+        raise ValueError(f"{flag} takes one {kind.__name__}, not {value!r}")
+    try:
+        converted = kind(value) if not (kind is int and isinstance(value, float)) else int(str(value))
+    except ValueError:
+        raise ValueError(f"{flag} takes one {kind.__name__}, not {value!r}") from None
+    if choices and converted not in choices:
+        raise ValueError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+    return converted

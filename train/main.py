@@ -1,0 +1,210 @@
+"""Train on packed shards: `torchrun --nproc-per-node N train/main.py --shards DIR --model DIR --out DIR`.
+
+`python train/main.py …` runs one rank. Read from top to bottom: config → ranks → mesh → data → model on meta →
+parallelize → load → optimizer → resume → loop → export.
+"""
+
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+
+if __name__ == "__main__":
+    # A script's own folder comes first on the path, where `train/data.py` would be found as `data`.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+import torch.distributed as dist
+
+from train import hf
+from train.checkpoint import Checkpointer, DataState, Position, check_data_state, read_position
+from train.config import Config, parse
+from train.data import PackedLoader, Schedule, open_shards
+from train.mesh import Mesh, build_mesh, pick_device, set_threads, start_process_group
+from train.metrics import Metrics, memory_bytes
+from train.model.decoder import Decoder
+from train.optim import build_optimizer, learning_rate
+from train.outdir import claim
+from train.parallel.apply import parallelize
+from train.step import evaluate, train_step
+
+
+def train(config: Config) -> None:
+    """Run the training that `config` describes on this rank, from an open process group to the exported model."""
+    device = pick_device(config.layout.device)
+    set_threads(config.layout.threads)
+    mesh = build_mesh(config.layout, device)
+    out = Path(config.run.out)
+
+    # Data first: what is wrong with it shows before a weight is read.
+    model_config = hf.read_config(Path(config.model.model))
+    dataset = open_shards(config.data.shards, model_config.vocab_size)
+    eval_dataset = open_shards(config.data.eval_shards, model_config.vocab_size) if config.data.eval_shards else None
+    manifest = dataset.manifest
+    schedule = Schedule(
+        len(dataset), manifest.order, manifest.block, config.run.seed, config.data.batch_packs, config.data.micro_packs
+    )
+    steps = schedule.steps(config.run.epochs)
+    steps = min(config.run.steps, steps) if config.run.steps else steps
+    data_state = DataState((manifest.fingerprint,), (1.0,), config.run.seed, config.data.batch_packs)
+
+    # Where this run begins: at 0, or at a checkpoint that fits.
+    checkpoint = claim(config)
+    position = Position(0, 0, data_state)
+    if checkpoint is not None:
+        position = read_position(checkpoint)
+        check_data_state(checkpoint, position.data, data_state)
+
+    # The model: built without memory, parallelized, and only then given memory and values, so that no rank ever
+    # holds more than its part.
+    with torch.device("meta"):
+        model = Decoder(model_config)
+    model = parallelize(model, mesh, config)
+    model.to_empty(device="cpu" if config.layout.cpu_offload else device)
+    hf.load_weights(model, Path(config.model.model))
+    optimizer = build_optimizer(model, config.optim)
+    checkpointer = Checkpointer(out, model, optimizer, config.run.keep)
+    if checkpoint is not None:
+        checkpointer.load(checkpoint)
+
+    metrics = Metrics(out, steps, position.step, enabled=dist.get_rank() == 0)
+    metrics.say(
+        f"{dist.get_world_size()} ranks on {device.type}: {mesh}; "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters in {config.model.dtype}; "
+        f"{len(dataset):,} packs of {manifest.capacity:,}, {steps:,} steps of "
+        f"{config.data.batch_packs} packs"
+        + (f"; resumed at step {position.step} from {checkpoint}" if checkpoint else "")
+    )
+
+    def evaluation(step: int) -> None:
+        if eval_dataset is not None:
+            metrics.evaluation(step, *evaluate_packs(config, model, mesh, eval_dataset, device))
+
+    stop = StopSignal()
+    loader = PackedLoader(
+        dataset,
+        schedule,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        device=device,
+        consumed=position.consumed,
+        verify=config.data.verify == "pack",
+    )
+    if position.step == 0:
+        evaluation(0)
+
+    for step in range(position.step + 1, steps + 1):
+        began = time.perf_counter()
+        facts = loader.next_step()
+        lr = learning_rate(step, steps, config.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        result = train_step(model, optimizer, loader, facts.target_tokens, mesh, config.optim)
+        position = Position(step, facts.consumed, data_state)
+        # The longest stall and the largest memory of any rank; a signal that reached one stops all after the same step.
+        worst = torch.tensor([loader.stall_seconds, memory_bytes(device), stop.received], dtype=torch.float64)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        seconds = time.perf_counter() - began
+        metrics.step(
+            {
+                "step": step,
+                "epoch": facts.epoch,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "tokens": facts.tokens,
+                "target_tokens": facts.target_tokens,
+                "padding_fraction": facts.padding_fraction,
+                "step_seconds": seconds,
+                "data_stall_seconds": worst[0].item(),
+                "tokens_per_second": facts.tokens / seconds,
+                "memory_bytes": int(worst[1].item()),
+            }
+        )
+        told_to_stop = bool(worst[2].item()) and step < steps
+        if step == steps or (config.run.eval_every and step % config.run.eval_every == 0 and not told_to_stop):
+            evaluation(step)
+        if step == steps or told_to_stop or (config.run.save_every and step % config.run.save_every == 0):
+            saved = checkpointer.save(position)
+            metrics.say(f"step {step}  checkpoint {saved}")
+        if told_to_stop:
+            metrics.say(f"stopped by a signal after step {step} of {steps}; go on with:\n  {resume_command()}")
+            break
+    loader.close()
+    if position.step == steps and config.run.export:
+        hf.save_weights(model, Path(config.model.model), out / "hf")
+        metrics.say(f"exported {out / 'hf'}")
+    metrics.close()
+
+
+def evaluate_packs(config: Config, model: Decoder, mesh: Mesh, dataset, device: torch.device) -> tuple[float, int]:
+    """Mean loss of the first `--eval-packs` packs, and over how many target tokens."""
+    packs = min(config.run.eval_packs or len(dataset), len(dataset))
+    batch = mesh.dp_size * config.data.micro_packs
+    schedule = Schedule(packs, "input", 0, 0, batch, config.data.micro_packs)
+    loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device)
+    try:
+        return evaluate(model, loader, schedule.steps(1), mesh)
+    finally:
+        loader.close()
+
+
+class StopSignal:
+    """Notes the first SIGTERM, SIGUSR1 or SIGINT; the second of its kind acts as it always does."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def resume_command() -> str:
+    """The command line of this run with `--resume auto`, as a person would type it."""
+    arguments = [a for i, a in enumerate(sys.argv[1:]) if a != "--resume" and sys.argv[i] != "--resume"]
+    arguments = [a for a in arguments if not a.startswith("--resume=")]
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+        launcher += ["--nnodes", str(nodes)] * (nodes > 1)
+    return shlex.join([*launcher, sys.argv[0], *arguments, "--resume", "auto"])
+
+
+def main() -> int:
+    """Exit code of the run. What is wrong is said once, by the first rank that meets it: its peers fail after it, with
+    errors of a torn connection that would only hide the reason."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = parse(sys.argv[1:])
+        store = start_process_group(pick_device(config.layout.device))
+    except ValueError as error:
+        if rank == 0:
+            print(f"train: error: {error}", file=sys.stderr)
+        return 1
+    try:
+        train(config)
+    except Exception as error:
+        try:
+            first = store.add("failed", 1) == 1
+        except Exception:  # the store went down with the rank that failed first
+            first = False
+        if first and isinstance(error, ValueError):
+            print(f"train: error: {error}", file=sys.stderr)
+        elif first:
+            traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

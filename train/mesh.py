@@ -1,0 +1,115 @@
+"""The process group and the device mesh: five axes, always present, most of them of size 1.
+
+Outermost first: pp (pipeline), dp_replicate (HSDP replicas), dp_shard (FSDP), cp (context), tp (tensor). Ranks that
+talk most are neighbours, so tp and cp stay inside a machine.
+"""
+
+import math
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from train.config import Layout
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+def axis_sizes(layout: Layout, world_size: int) -> tuple[int, int, int, int, int]:
+    """Sizes of `AXES` for `world_size` ranks; a `dp_shard` of -1 takes what the other axes leave.
+
+    Raises: ValueError that says which sizes do not multiply to the world size and which would.
+    """
+    others = layout.pp * layout.dp_replicate * layout.cp * layout.tp
+    product = f"pp {layout.pp} × dp_replicate {layout.dp_replicate} × cp {layout.cp} × tp {layout.tp} = {others}"
+    if layout.dp_shard == -1:
+        if world_size % others:
+            raise ValueError(
+                f"{world_size} ranks cannot be divided by {product}; "
+                f"start a multiple of {others} ranks or lower an axis"
+            )
+        dp_shard = world_size // others
+    else:
+        dp_shard = layout.dp_shard
+        if others * dp_shard != world_size:
+            raise ValueError(
+                f"{product} times dp_shard {dp_shard} makes {others * dp_shard} ranks, but {world_size} run; "
+                f"start {others * dp_shard} ranks or leave --dp-shard out"
+            )
+    return layout.pp, layout.dp_replicate, dp_shard, layout.cp, layout.tp
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The 5-D mesh and the views that the trainer uses.
+
+    `fsdp` is what `fully_shard` takes: 1-D (dp_shard × cp), or 2-D (dp_replicate, dp_shard × cp) for HSDP.
+    `dp_rank` of `dp_size` says which packs are this rank's: cp and tp ranks share theirs.
+    """
+
+    root: DeviceMesh
+    fsdp: DeviceMesh
+    dp_rank: int
+    dp_size: int
+
+    def __str__(self) -> str:
+        return " × ".join(f"{axis} {size}" for axis, size in zip(AXES, self.root.shape, strict=True))
+
+
+def build_mesh(layout: Layout, device: torch.device) -> Mesh:
+    """The mesh over all ranks of the default process group.
+
+    Raises: ValueError when the sizes do not make the world size.
+    """
+    sizes = axis_sizes(layout, dist.get_world_size())
+    root = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+    _, dp_replicate, dp_shard, cp, _ = sizes
+    shard_axis = "dp_shard"
+    if cp > 1:
+        root["dp_shard", "cp"]._flatten("dp_shard_cp")
+        shard_axis = "dp_shard_cp"
+    with warnings.catch_warnings():
+        # torch announces that flattened axes will not always be sliced from the root; 2.11 to 2.13 know no other way.
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim")
+        fsdp = root["dp_replicate", shard_axis] if dp_replicate > 1 else root[shard_axis]
+    dp_rank = root.get_local_rank("dp_replicate") * dp_shard + root.get_local_rank("dp_shard")
+    return Mesh(root, fsdp, dp_rank, dp_replicate * dp_shard)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` → this rank's device (made current).
+
+    Raises: ValueError for cuda where there is none, or where the machine has fewer GPUs than local ranks.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu or auto")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: the machine has {torch.cuda.device_count()}; lower --nproc-per-node"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_process_group(device: torch.device) -> None:
+    """Join the ranks that torchrun started, or make a world of one. CUDA runs get gloo beside NCCL for host tensors."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def set_threads(threads: int) -> None:
+    """Give this rank `threads` CPU threads; 0 divides the cores among the ranks of the machine (torchrun's own default
+    is one thread a rank, which leaves cores idle)."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, math.floor(cores / local_ranks)))

@@ -1,0 +1,116 @@
+"""What a run shows and records: OUT/metrics.jsonl, and a line on the terminal. Only rank 0 has either."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS_NAME = "metrics.jsonl"
+
+PLAIN_LINE_SECONDS = 1.0
+"""Without a terminal, at most one line in this time (the first and the last step always)."""
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank so far: allocated on the GPU, or resident in this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop everything after `step` from a metrics file, and a last line that a kill left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+class Metrics:
+    """Writes the file and the terminal on rank 0; on other ranks every method does nothing.
+
+    A terminal gets one live line with a progress bar, anything else plain lines.
+    """
+
+    def __init__(self, out: Path, steps: int, first_step: int, *, enabled: bool, stream: TextIO = sys.stderr):
+        self._file: TextIO | None = None
+        self._progress: Progress | None = None
+        self._steps, self._enabled = steps, enabled
+        self._last_line = -math.inf
+        if not enabled:
+            return
+        if first_step == 0:
+            (Path(out) / METRICS_NAME).unlink(missing_ok=True)
+        cut_back(Path(out) / METRICS_NAME, first_step)
+        self._file = open(Path(out) / METRICS_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._console = Console(file=stream, soft_wrap=True, highlight=False)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("train", total=steps, completed=first_step, facts="")
+            self._progress.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Record one training step; see `--help` of the README for its fields. Not finite numbers become null."""
+        if not self._enabled:
+            return
+        self._write({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
+        facts = (
+            f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  padding {record['padding_fraction']:.1%}  "
+            f"stall {record['data_stall_seconds']:.3f} s  {record['memory_bytes'] / 2**30:.2f} GiB"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record["step"], facts=facts)
+        elif record["step"] == self._steps or time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(f"step {record['step']}/{self._steps}  {facts}")
+
+    def evaluation(self, step: int, loss: float, targets: int) -> None:
+        """Record the mean loss over the target tokens of the evaluation packs after `step` steps."""
+        if self._enabled:
+            self._write(
+                {"step": step, "eval_loss": loss if math.isfinite(loss) else None, "eval_target_tokens": targets}
+            )
+            self.say(f"step {step}  eval loss {loss:.4f} over {targets:,} target tokens")
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, above the live line."""
+        if self._enabled:
+            self._console.print(text)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, record: dict[str, Any]) -> None:
+        # Flushed line by line: a reader (or a kill) sees whole steps.
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()

@@ -1,0 +1,84 @@
+"""The folder of a run: whether it may be used, and from which checkpoint the run goes on.
+
+OUT/run.json        written first, marks the folder as a run's and records its flags
+OUT/metrics.jsonl   OUT/checkpoints/   OUT/hf/
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from formats.shard import write_json
+from train.checkpoint import whole_checkpoints
+from train.config import Config, flatten
+
+RUN_NAME = "run.json"
+
+
+def claim(config: Config) -> Path | None:
+    """Make OUT this run's and return the checkpoint to go on from (None: from the beginning).
+
+    Called by all ranks; rank 0 looks, the others hear from it, so that none sees what another has just written.
+
+    Raises: ValueError on every rank when OUT holds something else, or `--resume` names nothing to resume.
+    """
+    answer: list[Path | str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [_claim(config)]
+        except (ValueError, OSError) as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], str):
+        raise ValueError(answer[0])
+    return answer[0]
+
+
+def _claim(config: Config) -> Path | None:
+    out, resume = Path(config.run.out), config.run.resume
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    occupied = out.is_dir() and any(out.iterdir())
+    if occupied and not (out / RUN_NAME).is_file():
+        raise ValueError(f"--out {out} holds something that is no run of this trainer; name another folder")
+    if resume == "never" and occupied and _restarted_by_torchrun(out):
+        resume = "auto"
+    if resume == "never":
+        if occupied:
+            raise ValueError(f"--out {out} already holds a run; go on with it by --resume auto, or name another folder")
+        checkpoint = None
+    elif resume == "auto":
+        checkpoint = next(reversed(whole_checkpoints(out)), None)
+    else:
+        checkpoint = _named_checkpoint(Path(resume))
+        own = whole_checkpoints(out)
+        if occupied and (not own or checkpoint.resolve() != own[-1].resolve()):
+            raise ValueError(
+                f"--out {out} already holds a run of which {checkpoint} is not the last checkpoint; name another folder"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"flags": flatten(config), "launcher": os.getppid(), "torch": torch.__version__, "version": 1}
+    write_json(out / RUN_NAME, record)
+    return checkpoint
+
+
+def _named_checkpoint(folder: Path) -> Path:
+    """`--resume PATH`: a checkpoint itself, or a run's folder, of which the last one is taken."""
+    if (found := whole_checkpoints(folder)) and not folder.name.startswith("step-"):
+        return found[-1]
+    if folder.is_dir():
+        return folder  # whether it is whole is read_position's to say
+    raise ValueError(f"--resume {folder}: no such folder; say never, auto, or the path of a checkpoint")
+
+
+def _restarted_by_torchrun(out: Path) -> bool:
+    """Whether torchrun (`--max-restarts`) started this process again after the run in `out`, its own, had failed."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    try:
+        return json.loads((out / RUN_NAME).read_bytes())["launcher"] == os.getppid()
+    except (ValueError, KeyError):
+        return False

@@ -1,0 +1,43 @@
+"""FSDP2 over dp_shard (× cp), HSDP when there are replicas.
+
+One communication group for each block, one for the rest at the root. Gradients are *summed* over ranks: the loss is
+already divided by the step's global number of targets, so every layout gives the same gradient.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from train.config import Config
+from train.mesh import Mesh
+
+
+def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
+    """Shard `model` (on meta or with values) in place over `mesh.fsdp` and return it; parameters become DTensors.
+
+    Expects `model.layers` to be the blocks in the order of the forward pass.
+    """
+    param_dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
+    reduce_dtype = None if param_dtype is None else getattr(torch, config.model.reduce_dtype)
+    # No casting of inputs: hidden states have the dtype of the weights that made them, and the tables of rotary
+    # angles must stay float32. None (not float32) for full precision, so that fp64 flows through for the proofs.
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    offload = (
+        CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda") if config.layout.cpu_offload else OffloadPolicy()
+    )
+    options = {"mesh": mesh.fsdp, "mp_policy": precision, "offload_policy": offload}
+
+    blocks = list(model.layers)
+    for block in blocks:
+        # The last block is needed again at once: backward begins with it.
+        fully_shard(block, reshard_after_forward=block is not blocks[-1], **options)
+    # The root holds embedding, final norm and head together: a tied head shares its weight with the embedding, and a
+    # parameter can be in one group only.
+    fully_shard(model, reshard_after_forward=False, **options)
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Both are needed: the factor alone becomes a scaled reduction that gloo does not know.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model

@@ -1,0 +1,101 @@
+"""One optimizer step, and one evaluation: forward and backward over a rank's rows, everything summed over ranks."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from train.config import Optim
+from train.data import MicroBatch, PackedLoader
+from train.mesh import Mesh
+from train.optim import clip_gradients
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss` is the mean over the step's target tokens, `grad_norm` the norm before clipping, both equal on all ranks;
+    `applied` is False when the step was skipped because one of them is not finite."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+def sum_over(mesh: Mesh, value: torch.Tensor, axes: Iterable[str]) -> torch.Tensor:
+    """Sum `value` in place over the ranks of the named mesh axes."""
+    for axis in axes:
+        if mesh.root[axis].size() > 1:
+            dist.all_reduce(value, group=mesh.root.get_group(axis))
+    return value
+
+
+LOSS_AXES = ("dp_replicate", "dp_shard", "cp")
+"""Axes whose ranks hold different tokens of a step."""
+
+
+def accumulate_gradients(
+    model: nn.Module, rows: Iterable[MicroBatch], row_count: int, target_tokens: int
+) -> torch.Tensor:
+    """Forward and backward over a rank's `rows`; returns this rank's share of the loss, float64 scalar.
+
+    Each row's summed loss is divided by the *global* number of targets of the step before backward, so gradients only
+    ever need to be summed. They are communicated once, in the backward of the last row.
+    """
+    share = None
+    for i, row in enumerate(rows):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(i == row_count - 1)
+        loss = model(row.input_ids, row.position_ids, row.segments, row.labels) / max(1, target_tokens)
+        loss.backward()
+        value = loss.detach().double()
+        share = value if share is None else share + value
+    assert share is not None, "a step has at least one row on every rank"
+    return share
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: PackedLoader,
+    target_tokens: int,
+    mesh: Mesh,
+    config: Optim,
+) -> StepResult:
+    """Train the step that `loader.next_step()` announced, at the learning rate already set in `optimizer`.
+
+    Raises: ValueError before the optimizer step when loss or gradient is not finite and `--on-nonfinite` is stop.
+    """
+    share = accumulate_gradients(model, loader.rows(), loader.row_count, target_tokens)
+    loss = sum_over(mesh, share, LOSS_AXES).item()
+    grad_norm = clip_gradients(model, config.max_grad_norm).item()
+    applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    if applied:
+        optimizer.step()
+    elif config.on_nonfinite == "stop":
+        raise ValueError(
+            f"loss {loss} and gradient norm {grad_norm}: not finite, so stopped before the optimizer step; "
+            "lower --lr, look at the data, or go on without such steps by --on-nonfinite skip"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, grad_norm, applied)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: PackedLoader, steps: int, mesh: Mesh) -> float:
+    """Mean loss over the target tokens of `steps` steps of `loader`; nan when there is no target."""
+    model.eval()
+    targets = 0
+    total = None
+    for _ in range(steps):
+        targets += loader.next_step().target_tokens
+        for row in loader.rows():
+            loss = model(row.input_ids, row.position_ids, row.segments, row.labels).double()
+            total = loss if total is None else total + loss
+    model.train()
+    assert total is not None, "an evaluation has at least one step"
+    summed = sum_over(mesh, total, LOSS_AXES).item()
+    return summed / targets if targets else math.nan
