@@ -1,0 +1,236 @@
+"""`prep pack` from end to end: inputs → store → split → plan → shards → index, ledger, manifest."""
+
+import json
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from formats.dataset import INDEX_NAME, write_index
+from formats.layout import align_up
+from formats.manifest import MANIFEST_NAME, Manifest, Source, fingerprint, read_manifest, write_manifest
+from formats.schema import BATCH_PACKS
+from formats.shard import TEMPORARY_SUFFIX, file_digest, write_json
+from prep.encode.run import EncodeOptions, encode
+from prep.encode.store import STORE_NAME, DocumentStore
+from prep.inspect.facts import REPORT_NAME
+from prep.ledger import LEDGER_NAME, Ledger
+from prep.materialize import materialize
+from prep.plan import PackOptions, Plan, make_plan
+from prep.progress import Progress
+
+SHARD_BYTES = 256 << 20
+"""Size that a shard aims at: large enough to stream, small enough that two fit beside a model on any machine."""
+
+
+def pack_inputs(
+    inputs: tuple[Path, ...],
+    out: Path,
+    options: PackOptions,
+    *,
+    tokenizer: Path | None,
+    eval_fraction: float = 0.0,
+    workers: int = 1,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Pack raw files, or one document store, into `out`; returns the packed folders (`out`, or its train and eval).
+
+    Raw files are encoded into a store at `out` + ".store" first. Nothing is written before all options are checked.
+    An interrupted run leaves no manifest and is finished by the same call with `resume`. ValueError says what to
+    change in one sentence.
+    """
+    progress = progress or Progress(quiet=True)
+    options.check()
+    check_output(out, resume)
+    store = open_store(inputs, out, tokenizer, workers=workers, resume=resume, progress=progress)
+    parts = choose_parts(store, eval_fraction)
+    # All plans are made before the first byte is written: what cannot be packed leaves nothing behind.
+    plans = []
+    for name, rows in parts.items():
+        # Held-out packs are read from first to last, never permuted.
+        chosen = replace(options, order="input") if name == "eval" else options
+        plans.append((name, rows, chosen, make_plan(store.lengths[rows], rows, chosen)))
+        if plans[-1][3].num_packs == 0:
+            raise ValueError(
+                f"no document is left for {name} after --overlong {options.overlong}; "
+                "take a larger --seq-len, or --overlong truncate or split"
+            )
+    return [
+        _write_part(name, rows, chosen, plan, store, out, eval_fraction, workers, progress)
+        for name, rows, chosen, plan in plans
+    ]
+
+
+def check_output(out: Path, resume: bool) -> None:
+    """Refuse a folder that holds anything but what an unfinished run left (and that, too, without `resume`)."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    parts = [p for p in (out, out / "train", out / "eval") if p.is_dir()]
+    expected = {"shards", INDEX_NAME, LEDGER_NAME, REPORT_NAME, MANIFEST_NAME, "train", "eval"}
+    strangers = sorted(
+        p.name for part in parts for p in part.iterdir() if p.name.removesuffix(TEMPORARY_SUFFIX) not in expected
+    )
+    if strangers:
+        raise ValueError(
+            f"--out {out} already holds {strangers[0]}, which is none of ours; name an empty or new folder"
+        )
+    if (out / MANIFEST_NAME).exists() or all((out / p / MANIFEST_NAME).exists() for p in ("train", "eval")):
+        raise ValueError(f"--out {out} already holds finished shards; name another folder, or remove this one first")
+    if not resume:
+        raise ValueError(f"--out {out} holds an unfinished run; go on with --resume, or remove it first")
+
+
+def open_store(inputs, out, tokenizer, *, workers, resume, progress) -> DocumentStore:
+    """The store to pack: the one named, or one made from raw input."""
+    stores = [p for p in inputs if (p / STORE_NAME).is_file()]
+    if stores:
+        if len(inputs) > 1:
+            raise ValueError(f"{stores[0]} is a document store: pack it alone, or name the raw files of all")
+        return DocumentStore.open(stores[0])
+    if tokenizer is None:
+        raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
+    options = EncodeOptions(tokenizer=tokenizer)
+    return encode(inputs, store_path(out), options, workers=workers, resume=resume, progress=progress)
+
+
+def store_path(out: Path) -> Path:
+    """The document store that stands beside a packed folder."""
+    return out.with_name(out.name + ".store")
+
+
+def choose_parts(store: DocumentStore, eval_fraction: float) -> dict[str, np.ndarray]:
+    """Rows of the store for each packed folder: `all`, or `train` and `eval`, int64, ascending.
+
+    A document is held out by its own hash: it stays on its side when other documents come or go, and equal
+    documents are on the same side.
+    """
+    rows = np.arange(store.num_documents, dtype=np.int64)
+    if eval_fraction == 0:
+        return {"all": rows}
+    held_out = store.doc_hashes < np.uint64(int(eval_fraction * 2**64))
+    for name, chosen in (("eval", held_out), ("train", ~held_out)):
+        if not chosen.any():
+            raise ValueError(
+                f"--eval-fraction {eval_fraction} leaves no document for {name} among {len(rows)}; change it"
+            )
+    return {"train": rows[~held_out], "eval": rows[held_out]}
+
+
+def _write_part(name, rows, options, plan, store, out, eval_fraction, workers, progress) -> Path:
+    folder = out if name == "all" else out / name
+    info = store.info
+    pad_id = next((i for i in (info.pad_id, info.eos_id) if i is not None), 0)
+    packages = {**info.packages, **{p: version(p) for p in ("meshpack", "numpy", "pyarrow")}}
+    stated = {
+        **asdict(options),
+        "eval_fraction": eval_fraction,
+        "store": file_digest(store.path / STORE_NAME),
+        "packages": packages,
+    }
+    essentials = {
+        "capacity": options.seq_len,
+        "align": options.align,
+        "cp": options.cp,
+        "split": name,
+        "pad_id": pad_id,
+        "vocab_size": info.vocab_size,
+        "tokenizer_hash": info.tokenizer_hash,
+        "template_hash": info.template_hash,
+        "plan": xxhash.xxh3_128(json.dumps(stated, sort_keys=True).encode()).hexdigest(),
+    }
+    if (folder / MANIFEST_NAME).exists():
+        if read_manifest(folder).options["plan"] != essentials["plan"]:
+            raise ValueError(f"{folder}: was finished with other options or input; remove {out}, or name another --out")
+        return folder
+    with progress.stage(f"writing {name} shards", plan.num_packs, "packs") as advance:
+        files, columns = materialize(
+            plan,
+            store.path,
+            folder,
+            kind=options.format,
+            capacity=options.seq_len,
+            align=options.align,
+            pad_id=pad_id,
+            essentials=essentials,
+            shard_packs=shard_packs(options),
+            workers=workers,
+            on_done=lambda job, result: advance(len(job.offsets) - 1),
+        )
+    files.append(write_index(folder / INDEX_NAME, columns))
+    ledger = part_ledger(name, rows, plan, store)
+    files.append(write_json(folder / LEDGER_NAME, ledger.to_json()))
+    manifest = Manifest(
+        kind=options.format,
+        capacity=options.seq_len,
+        align=options.align,
+        cp=options.cp,
+        order=options.order,
+        block=plan.block,
+        seed=options.seed,
+        algorithm=options.algo,
+        options={**stated, "plan": essentials["plan"]},
+        split=name,
+        tokenizer_hash=info.tokenizer_hash,
+        template_hash=info.template_hash,
+        vocab_size=info.vocab_size,
+        largest_id=info.largest_id,
+        pad_id=pad_id,
+        bos_id=info.bos_id,
+        eos_id=info.eos_id,
+        packages=packages,
+        inputs=info.inputs,
+        sources=tuple(Source(*source) for source in info.sources),
+        totals={
+            "packs": plan.num_packs,
+            "documents": len(np.unique(plan.doc)),
+            "slots": len(plan.doc),
+            "tokens": int(plan.length.sum(dtype=np.int64)),
+            "target_tokens": int(columns["target_tokens"].sum(dtype=np.int64)),
+            "slot_tokens": int(align_up(plan.length, options.align).sum(dtype=np.int64)),
+            "lower_bound_packs": plan.lower_bound,
+        },
+        files=tuple(files),
+        fingerprint=fingerprint(columns["xxh3"], kind=options.format, capacity=options.seq_len, align=options.align),
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+def shard_packs(options: PackOptions) -> int:
+    """Packs a shard: a whole number of record batches near `SHARD_BYTES`."""
+    bytes_per_token = 5 if options.format == "thd" else 16
+    return max(1, SHARD_BYTES // (bytes_per_token * options.seq_len * BATCH_PACKS)) * BATCH_PACKS
+
+
+def part_ledger(name: str, rows: np.ndarray, plan: Plan, store: DocumentStore) -> Ledger:
+    """The store's ledger carried on to one packed folder: what went to the other split, was dropped or cut."""
+    ledger = Ledger.from_json(store.ledger.to_json())
+    lengths = store.lengths.astype(np.int64)
+    other = np.ones(store.num_documents, bool)
+    other[rows] = False
+    kept = np.bincount(plan.doc, weights=plan.length, minlength=store.num_documents).astype(np.int64)
+    for source, first, last in store.info.sources:
+        inside = slice(first, last)
+        if other[inside].any():
+            elsewhere = other[inside]
+            reason = "to_eval" if name == "train" else "to_train"
+            ledger.drop_kept(source, reason, int(elsewhere.sum()), int(lengths[inside][elsewhere].sum()))
+        gone = plan.dropped[(plan.dropped >= first) & (plan.dropped < last)]
+        if gone.size:
+            ledger.drop_kept(source, "overlong", gone.size, int(lengths[gone].sum()))
+        cut = plan.truncated[(plan.truncated >= first) & (plan.truncated < last)]
+        if cut.size:
+            ledger.truncate_kept(source, "overlong", int((lengths[cut] - kept[cut]).sum()))
+        split = plan.split[(plan.split >= first) & (plan.split < last)]
+        if split.size:
+            ledger.note(source, "split_documents", int(split.size))
+    ledger.check()
+    total = ledger.total()["kept"]
+    packed = int(plan.length.sum(dtype=np.int64))
+    assert total["tokens"] == packed, f"ledger keeps {total['tokens']} tokens, the plan {packed}"
+    return ledger

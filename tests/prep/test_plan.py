@@ -1,0 +1,91 @@
+"""The pack plan: every token in exactly one slot, whatever the options."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prep.plan import PackOptions, make_plan
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40).map(lambda x: np.array(x, np.int32))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=LENGTHS,
+    algo=st.sampled_from(["greedy", "ffd", "bfd"]),
+    cp=st.sampled_from([1, 2, 4]),
+    overlong=st.sampled_from(["drop", "truncate", "split"]),
+    order=st.sampled_from(["input", "shuffle"]),
+    max_docs=st.sampled_from([None, 1, 3]),
+    seed=st.integers(0, 5),
+)
+def test_every_token_lies_in_one_slot(lengths, algo, cp, overlong, order, max_docs, seed):
+    capacity = 32
+    rows = np.arange(len(lengths), dtype=np.int64) * 3 + 1
+    options = PackOptions(capacity, algo, cp, order=order, overlong=overlong, max_docs=max_docs, seed=seed)
+    plan = make_plan(lengths, rows, options)
+
+    sizes = np.diff(plan.offsets)
+    assert plan.offsets[0] == 0
+    assert plan.offsets[-1] == len(plan.doc) == len(plan.start) == len(plan.length)
+    assert (sizes >= 1).all()
+    assert max_docs is None or (sizes <= max_docs).all()
+    aligned = -(-plan.length // options.align) * options.align
+    if plan.num_packs:
+        assert np.add.reduceat(aligned, plan.offsets[:-1]).max() <= capacity
+    assert plan.lower_bound <= plan.num_packs
+
+    covered = {}
+    for doc, start, length in zip(plan.doc.tolist(), plan.start.tolist(), plan.length.tolist(), strict=True):
+        tokens = covered.setdefault(doc, set())
+        piece = set(range(start, start + length))
+        assert not tokens & piece
+        tokens |= piece
+    expected = {}
+    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+        if length <= capacity or overlong == "split":
+            expected[row] = set(range(length))
+        elif overlong == "truncate":
+            expected[row] = set(range(capacity))
+    assert covered == expected
+    long = set(rows[lengths > capacity].tolist())
+    stated = {"drop": plan.dropped, "truncate": plan.truncated, "split": plan.split}
+    assert {name: set(found.tolist()) for name, found in stated.items()} == {
+        name: (long if name == overlong else set()) for name in stated
+    }
+
+
+def test_input_order_follows_the_first_documents():
+    plan = make_plan(np.array([9, 9, 9, 1, 9, 1], np.int32), np.arange(6), PackOptions(10, "ffd", order="input"))
+    packs = [plan.doc[a:b].tolist() for a, b in zip(plan.offsets[:-1], plan.offsets[1:], strict=True)]
+    assert packs == [[0, 3], [1, 5], [2], [4]]
+
+
+def test_the_seed_decides_the_shuffled_order_only():
+    lengths = np.arange(1, 31, dtype=np.int32)
+    plans = [make_plan(lengths, np.arange(30), PackOptions(40, "ffd", seed=seed)) for seed in (0, 0, 1)]
+    packs = [[tuple(p.doc[a:b].tolist()) for a, b in zip(p.offsets[:-1], p.offsets[1:], strict=True)] for p in plans]
+    assert packs[0] == packs[1] != packs[2]
+    assert sorted(packs[0]) == sorted(packs[2])
+
+
+def test_overlong_is_an_error_that_names_the_ways_out():
+    with pytest.raises(ValueError, match=r"1 of 2 documents are longer than --seq-len 8 .*99.*--overlong drop"):
+        make_plan(np.array([3, 99], np.int32), np.arange(2), PackOptions(8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (PackOptions(1022, cp=2), r"--seq-len 1022 is not a multiple of 2·cp = 4; take 1020 or 1024"),
+        (PackOptions(3, cp=2), r"take 4, or another --cp"),
+        (PackOptions(0), "--seq-len 0 is not between"),
+        (PackOptions(1 << 25), "is not between"),
+        (PackOptions(1024, cp=0), "--cp 0 is not between"),
+        (PackOptions(1024, cp=128), "--cp 128 is not between"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        options.check()
