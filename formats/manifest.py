@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import xxhash
 
-from formats.schema import FORMAT_VERSION, KINDS, MAX_CAPACITY, ORDERS
+from formats.schema import ALIGNMENTS, FORMAT_VERSION, KINDS, MAX_CAPACITY, ORDERS
 from formats.shard import FileEntry, write_json
 
 MANIFEST_NAME = "manifest.json"
@@ -124,7 +124,7 @@ def _check(path: Path, m: Manifest) -> None:
         problem = f"order {m.order!r} is none of {', '.join(ORDERS)}"
     elif not 1 <= m.capacity <= MAX_CAPACITY:
         problem = f"capacity {m.capacity} is not between 1 and {MAX_CAPACITY}"
-    elif m.align < 1 or m.capacity % m.align:
+    elif m.align not in (1, *ALIGNMENTS) or m.capacity % m.align:
         problem = f"align {m.align} does not fit capacity {m.capacity}"
     for entry in m.files:
         name = PurePosixPath(entry.name)

@@ -6,7 +6,7 @@ import numpy as np
 
 from formats.layout import slot_alignment
 from formats.order import permutation
-from formats.schema import MAX_CAPACITY
+from formats.schema import ALIGNMENTS, MAX_CAPACITY
 from prep.packing import cut, pack
 
 OVERLONG = ("error", "drop", "truncate", "split")
@@ -33,8 +33,8 @@ class PackOptions:
         """Raise a ValueError for what can never work, before any other work is done."""
         if not 1 <= self.seq_len <= MAX_CAPACITY:
             raise ValueError(f"--seq-len {self.seq_len} is not between 1 and {MAX_CAPACITY}")
-        if self.cp < 1 or self.align > 128:
-            raise ValueError(f"--cp {self.cp} is not between 1 and 64")
+        if self.align not in (1, *ALIGNMENTS):
+            raise ValueError(f"--cp {self.cp} is none of 1, 2, 4, … {ALIGNMENTS[-1] // 2} (a power of two)")
         if self.seq_len % self.align:
             below = self.seq_len // self.align * self.align
             raise ValueError(

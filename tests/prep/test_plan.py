@@ -82,8 +82,9 @@ def test_overlong_is_an_error_that_names_the_ways_out():
         (PackOptions(3, cp=2), r"take 4, or another --cp"),
         (PackOptions(0), "--seq-len 0 is not between"),
         (PackOptions(1 << 25), "is not between"),
-        (PackOptions(1024, cp=0), "--cp 0 is not between"),
-        (PackOptions(1024, cp=128), "--cp 128 is not between"),
+        (PackOptions(1024, cp=0), "--cp 0 is none of 1, 2, 4, … 64"),
+        (PackOptions(1024, cp=3), "--cp 3 is none of"),
+        (PackOptions(1024, cp=128), "--cp 128 is none of"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
