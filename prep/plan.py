@@ -7,9 +7,10 @@ import numpy as np
 from formats.layout import slot_alignment
 from formats.order import permutation
 from formats.schema import ALIGNMENTS, MAX_CAPACITY
-from prep.packing import cut, pack
+from prep.packing import ALGORITHMS, cut, cut_stream, pack
 
-OVERLONG = ("error", "drop", "truncate", "split")
+STREAM = "split"
+"""The algorithm that is none: all documents in one stream, cut at every capacity (classic pretraining)."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class PackOptions:
         """Raise a ValueError for what can never work, before any other work is done."""
         if not 1 <= self.seq_len <= MAX_CAPACITY:
             raise ValueError(f"--seq-len {self.seq_len} is not between 1 and {MAX_CAPACITY}")
+        if self.algo not in (*ALGORITHMS, STREAM):
+            raise ValueError(f"--algo {self.algo} is none of {', '.join((*ALGORITHMS, STREAM))}")
+        if self.algo == STREAM and (self.cp > 1 or self.max_docs or self.overlong != "error"):
+            raise ValueError(
+                f"--algo {STREAM} cuts wherever a pack is full, so it knows no --cp (any --cp can train on such packs "
+                "by methods that cut the pack), no --max-docs and no --overlong; leave them out"
+            )
         if self.align not in (1, *ALIGNMENTS):
             raise ValueError(f"--cp {self.cp} is none of 1, 2, 4, … {ALIGNMENTS[-1] // 2} (a power of two)")
         if self.seq_len % self.align:
@@ -77,10 +85,19 @@ def make_plan(lengths: np.ndarray, rows: np.ndarray, options: PackOptions) -> Pl
     in store order. `lengths` over the capacity are a ValueError unless `options.overlong` says what to do with them.
     """
     capacity = options.seq_len
-    long = lengths > capacity
     none = np.empty(0, np.int64)
+    if options.algo == STREAM:
+        piece_of, start, length = cut_stream(lengths, capacity)
+        before = np.cumsum(length, dtype=np.int64) - length
+        offsets = np.append(np.flatnonzero(before % capacity == 0), len(length))
+        split = rows[np.unique(piece_of[start > 0])]
+        slots, offsets = _sequence(np.arange(len(length)), offsets, options)
+        bound = len(offsets) - 1  # every pack but one is full
+        return Plan(rows[piece_of][slots], start[slots], length[slots], offsets, bound, none, none, split)
+
     dropped = truncated = split = none
     doc, start, length = rows, np.zeros(len(rows), np.int64), lengths
+    long = lengths > capacity
     if long.any():
         if options.overlong == "error":
             raise ValueError(
@@ -102,10 +119,16 @@ def make_plan(lengths: np.ndarray, rows: np.ndarray, options: PackOptions) -> Pl
         length, capacity, algo=options.algo, align=options.align, max_docs=options.max_docs, seed=options.seed
     )
     offsets, members = packing.members()
+    slots, offsets = _sequence(members, offsets, options)
+    return Plan(doc[slots], start[slots], length[slots], offsets, packing.lower_bound, dropped, truncated, split)
+
+
+def _sequence(members: np.ndarray, offsets: np.ndarray, options: PackOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Put bins in training order: (members, offsets) as `Packing.members` gives them → the same, reordered."""
     sizes = np.diff(offsets)
     sequence = np.argsort(members[offsets[:-1]], kind="stable")
     if options.order == "shuffle":
         sequence = sequence[permutation(len(sequence), options.seed, 0)]
-    moved = np.concatenate([[0], np.cumsum(sizes[sequence])])
-    slots = members[np.repeat(offsets[:-1][sequence] - moved[:-1], sizes[sequence]) + np.arange(len(members))]
-    return Plan(doc[slots], start[slots], length[slots], moved, packing.lower_bound, dropped, truncated, split)
+    moved = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[sequence])])
+    where = np.repeat(offsets[:-1][sequence] - moved[:-1], sizes[sequence]) + np.arange(len(members))
+    return members[where], moved

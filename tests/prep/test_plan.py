@@ -56,6 +56,18 @@ def test_every_token_lies_in_one_slot(lengths, algo, cp, overlong, order, max_do
     }
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, order=st.sampled_from(["input", "shuffle"]))
+def test_a_stream_is_cut_at_every_capacity(lengths, order):
+    plan = make_plan(lengths, np.arange(len(lengths)), PackOptions(32, "split", order=order))
+    sizes = np.add.reduceat(plan.length, plan.offsets[:-1])
+    assert plan.num_packs == plan.lower_bound == -(-int(lengths.sum()) // 32)
+    assert (np.sort(sizes)[1:] == 32).all()
+    seen = {(d, t) for d, s, n in zip(plan.doc, plan.start, plan.length, strict=True) for t in range(s, s + n)}
+    assert len(seen) == plan.length.sum() == lengths.sum()
+    assert seen == {(d, t) for d, n in enumerate(lengths) for t in range(n)}
+
+
 def test_input_order_follows_the_first_documents():
     plan = make_plan(np.array([9, 9, 9, 1, 9, 1], np.int32), np.arange(6), PackOptions(10, "ffd", order="input"))
     packs = [plan.doc[a:b].tolist() for a, b in zip(plan.offsets[:-1], plan.offsets[1:], strict=True)]
@@ -83,6 +95,8 @@ def test_overlong_is_an_error_that_names_the_ways_out():
         (PackOptions(0), "--seq-len 0 is not between"),
         (PackOptions(1 << 25), "is not between"),
         (PackOptions(1024, cp=0), "--cp 0 is none of 1, 2, 4, … 64"),
+        (PackOptions(1024, "nonsense"), "--algo nonsense is none of .*greedy.*split"),
+        (PackOptions(1024, "split", cp=2), "--algo split .* knows no --cp"),
         (PackOptions(1024, cp=3), "--cp 3 is none of"),
         (PackOptions(1024, cp=128), "--cp 128 is none of"),
     ],
