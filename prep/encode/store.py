@@ -1,0 +1,244 @@
+"""The document store: token ids and target masks of all documents, unpadded, in input order.
+
+    STORE/plan.json           what is to be done: inputs, options, tokenizer, versions
+    STORE/units/00000.arrow   one work unit: input_ids list<int32>, loss_mask list<uint8>, doc_hash uint64
+    STORE/units/00000.json    written after it: rows, checksum, ledger. A unit without one is not done
+    STORE/store.json          written last: a store without one is not finished
+
+Every file is written under a temporary name and renamed.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from formats.shard import atomic_write, file_digest, write_json
+from prep.ledger import Ledger
+
+STORE_VERSION = 1
+
+SCHEMA = pa.schema(
+    [("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8())), pa.field("doc_hash", pa.uint64())]
+)
+
+
+class UnitResult(NamedTuple):
+    """What became of one work unit (JSON-compatible through `_asdict`)."""
+
+    index: int
+    source: str
+    rows: int
+    tokens: int
+    target_tokens: int
+    largest_id: int
+    bytes: int
+    xxh3_128: str
+    ledger: dict
+
+
+def unit_path(store: Path, index: int, suffix: str = ".arrow") -> Path:
+    return store / "units" / f"{index:05d}{suffix}"
+
+
+class UnitWriter:
+    """Writes one unit, batch by batch; a context manager. After it, `finish` makes the unit done."""
+
+    def __init__(self, store: Path, index: int, source: str):
+        self._store = store
+        self._index = index
+        self._source = source
+        self._rows = self._tokens = self._targets = 0
+        self._largest = -1
+
+    def __enter__(self):
+        self._atomic = atomic_write(unit_path(self._store, self._index))
+        self._file = self._atomic.__enter__()
+        self._sink = pa.PythonFile(self._file, mode="w")
+        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
+        return self
+
+    def write(self, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray) -> None:
+        """One record batch: ids int32[T], mask uint8[T], offsets int64[N+1] with T < 2³¹."""
+        rows = len(offsets) - 1
+        if rows == 0:
+            return
+        bounds = offsets.tolist()
+        hashes = np.empty(rows, np.uint64)
+        for i in range(rows):
+            digest = xxhash.xxh3_64(ids[bounds[i] : bounds[i + 1]].data)
+            digest.update(mask[bounds[i] : bounds[i + 1]].data)
+            hashes[i] = digest.intdigest()
+        offsets32 = pa.py_buffer(offsets.astype(np.int32))
+        columns = [
+            pa.Array.from_buffers(field.type, rows, [None, offsets32], children=[pa.array(values)])
+            for field, values in zip(SCHEMA, (ids, mask), strict=False)
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_arrays([*columns, pa.array(hashes)], schema=SCHEMA))
+        self._rows += rows
+        self._tokens += len(ids)
+        self._targets += int(mask.sum(dtype=np.int64))
+        self._largest = max(self._largest, int(ids.max(initial=-1)))
+
+    def __exit__(self, kind, error, trace):
+        if error is None:
+            self._writer.close()
+            self._sink.flush()
+        self._atomic.__exit__(kind, error, trace)
+        return False
+
+    def finish(self, ledger: Ledger) -> UnitResult:
+        """Write the unit's lines of the ledger; from now on it is done."""
+        result = UnitResult(
+            self._index,
+            self._source,
+            self._rows,
+            self._tokens,
+            self._targets,
+            self._largest,
+            self._file.bytes,
+            self._file.hexdigest(),
+            ledger.to_json(),
+        )
+        write_json(unit_path(self._store, self._index, ".json"), result._asdict())
+        return result
+
+
+def finished_unit(store: Path, index: int) -> UnitResult | None:
+    """The result of a unit that is done and whole, or None."""
+    record = unit_path(store, index, ".json")
+    data = unit_path(store, index)
+    if not record.is_file() or not data.is_file():
+        return None
+    result = UnitResult(**json.loads(record.read_text(encoding="utf-8")))
+    whole = data.stat().st_size == result.bytes and file_digest(data) == result.xxh3_128
+    return result if whole else None
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What the store was made from, and of what kind its ids are."""
+
+    tokenizer_hash: str
+    template_hash: str
+    vocab_size: int
+    largest_id: int
+    pad_id: int | None
+    bos_id: int | None
+    eos_id: int | None
+    sources: tuple[tuple[str, int, int], ...]
+    """(name, first row, one past the last row)."""
+    inputs: tuple[dict, ...]
+    packages: dict[str, str]
+    options: dict
+
+
+def write_store(store: Path, plan: dict, results: Sequence[UnitResult], ledger: Ledger) -> None:
+    """Write store.json: the store is finished."""
+    sources: list[list] = []
+    row = 0
+    for name in ledger.sources:
+        rows = sum(result.rows for result in results if result.source == name)
+        sources.append([name, row, row + rows])
+        row += rows
+    write_json(
+        store / "store.json",
+        {
+            **plan,
+            "rows": row,
+            "tokens": sum(result.tokens for result in results),
+            "target_tokens": sum(result.target_tokens for result in results),
+            "largest_id": max((result.largest_id for result in results), default=-1),
+            "sources": sources,
+            "ledger": ledger.to_json(),
+            "units": [{"rows": result.rows, "bytes": result.bytes, "xxh3_128": result.xxh3_128} for result in results],
+        },
+    )
+
+
+class DocumentStore:
+    """A finished store, memory-mapped.
+
+    lengths int32[N] (tokens), target_tokens int32[N], doc_hashes uint64[N] (xxh3-64 of ids and mask).
+    """
+
+    def __init__(self, path: Path, content: dict):
+        self.path = path
+        keys = StoreInfo.__dataclass_fields__
+        values = {key: content[key] for key in keys}
+        values["sources"] = tuple(tuple(source) for source in content["sources"])
+        values["inputs"] = tuple(content["inputs"])
+        self.info = StoreInfo(**values)
+        self.ledger = Ledger.from_json(content["ledger"])
+        # A document is row `i - starts[b]` of batch b.
+        self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        starts, lengths, hashes, targets = [0], [np.empty(0, np.int32)], [np.empty(0, np.uint64)], []
+        for index, unit in enumerate(content["units"]):
+            for batch in _read_unit(unit_path(path, index), unit):
+                ids, mask, doc_hash = batch.columns
+                offsets = ids.offsets.to_numpy()
+                self._batches.append((ids.values.to_numpy(), mask.values.to_numpy(), offsets))
+                starts.append(starts[-1] + batch.num_rows)
+                lengths.append(np.diff(offsets))
+                hashes.append(doc_hash.to_numpy())
+                targets.append(np.add.reduceat(self._batches[-1][1], offsets[:-1], dtype=np.int32))
+        self._starts = np.array(starts, np.int64)
+        self.lengths = np.concatenate(lengths)
+        self.doc_hashes = np.concatenate(hashes)
+        self.target_tokens = np.concatenate([np.empty(0, np.int32), *targets])
+
+    @classmethod
+    def open(cls, path: str | Path) -> "DocumentStore":
+        """Open a finished store.
+
+        Raises:
+            ValueError: no store, an unfinished one, one of another format version, or a damaged unit.
+        """
+        path = Path(path)
+        content = read_store(path)
+        if content is None:
+            what = (
+                "an unfinished document store; run again with --resume" if path.is_dir() else "no such document store"
+            )
+            raise ValueError(f"{path}: {what}")
+        return cls(path, content)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids int32[L], loss_mask uint8[L]) of a document: read-only views over the map."""
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        ids, mask, offsets = self._batches[batch]
+        row = index - self._starts[batch]
+        start, stop = offsets[row], offsets[row + 1]
+        return ids[start:stop], mask[start:stop]
+
+
+def read_store(path: Path) -> dict | None:
+    """store.json of a finished store, or None."""
+    file = path / "store.json"
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("store_version") != STORE_VERSION:
+        raise ValueError(
+            f"{path}: store version {content.get('store_version')}, this program reads {STORE_VERSION}; encode again"
+        )
+    return content
+
+
+def _read_unit(path: Path, unit: dict) -> list[pa.RecordBatch]:
+    try:
+        if path.stat().st_size != unit["bytes"]:
+            raise ValueError(f"{path}: the unit is damaged (its size changed); remove the store and encode again")
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path}: the unit cannot be read ({error}); remove the store and encode again") from None

@@ -1,0 +1,276 @@
+"""Chat templates: Jinja in an immutable sandbox, rendered as transformers renders them, and *marked* rendering.
+
+A marked rendering is the same chat with invisible marks around every word that comes from the messages. When it equals
+the plain rendering once the marks are taken out, the marks say where each word went: one pass for the whole chat,
+whatever the number of turns, and nothing is guessed.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+# Private-use characters that no text in circulation has: word and generation marks, each with an opening and a closing.
+_FIRST, _LAST = "\U0010ff00", "\U0010ff03"
+_WORD, _WORD_END, _GENERATION, _GENERATION_END = map(chr, range(ord(_FIRST), ord(_LAST) + 1))
+_MARKS = re.compile(f"{_WORD}(\\d+);|{_WORD_END}(\\d+);|({_GENERATION})|({_GENERATION_END})")
+_ANY_MARK = re.compile(f"[{_FIRST}-{_LAST}]")
+_EDGES = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
+
+# Names under which a message's reasoning is passed; templates read one or the other.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class TemplateMismatchError(ValueError):
+    """The marked rendering is not the plain one: the template looks inside the words."""
+
+
+class Marked(NamedTuple):
+    """Where the words of a chat stand in its rendering (character positions)."""
+
+    text: str
+    words: list[tuple[int, int, int]]
+    """(mark number, start, end) in the order of the text. Words that the template left out are missing."""
+    generations: list[tuple[int, int]]
+    """Ranges of `{% generation %}` blocks."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}`: its body, between marks when the rendering is a marked one."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's interface)
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_wrap", [jinja2.nodes.ContextReference()])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _wrap(self, context, caller):
+        text = caller()
+        return f"{_GENERATION}{text}{_GENERATION_END}" if context.get("_mark_generation") else text
+
+
+def _raise_exception(message):
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    # Jinja's own filter escapes HTML characters, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: Jinja text.
+        special_tokens: named tokens (`bos_token` …) that the template may write.
+        date: what `strftime_now` formats, as YYYY-MM-DD. Without it a template that asks for today's date is refused,
+            because the same input must give the same bytes tomorrow.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], date: str | None = None):
+        self.source = source
+        self.special_tokens = dict(special_tokens)
+        self._date = datetime.fromisoformat(date) if date else None
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = self._strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.exceptions.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+
+    def _strftime_now(self, pattern):
+        if self._date is None:
+            raise jinja2.exceptions.TemplateError(
+                "the template writes today's date; fix it with --template-date YYYY-MM-DD"
+            )
+        return self._date.strftime(pattern)
+
+    @cached_property
+    def has_generation(self) -> bool:
+        """Whether the template says itself which parts the model generates."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+
+    @cached_property
+    def _tags(self) -> re.Pattern | None:
+        """Tags such as <think> that the template itself names and may look for inside a content."""
+        tags = sorted(set(re.findall(r"</?\w+>", self.source)) - set(self.special_tokens.values()))
+        return re.compile("(" + "|".join(map(re.escape, tags)) + ")") if tags else None
+
+    def render(
+        self, messages: Sequence[dict], tools: Sequence | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The chat as text.
+
+        Raises:
+            ValueError: the template refuses the chat; the message carries its words.
+        """
+        return self._render(_with_reasoning(messages), tools, add_generation_prompt, mark=False)
+
+    def _render(self, messages, tools, add_generation_prompt, mark):
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                _mark_generation=mark,
+                **self.special_tokens,
+            )
+        except (jinja2.exceptions.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"the chat template refuses this chat: {error}") from None
+
+    def render_marked(self, messages: Sequence[dict], tools: Sequence | None, cut_at_tags: bool) -> "MarkedChat":
+        """Render plainly and with marks, and prove that both are the same text.
+
+        Args:
+            cut_at_tags: leave tags that the template names (<think> …) outside the marks and mark the pieces between.
+
+        Raises:
+            TemplateMismatchError: they are not the same.
+            ValueError: the template refuses the chat.
+        """
+        text = self.render(messages, tools)
+        if not text.isascii() and _ANY_MARK.search(text):
+            raise ValueError("the chat holds private-use characters U+10FF00–U+10FF03, which mark words here")
+        marker = _Marker(self._tags if cut_at_tags else None)
+        chat = [marker.message(i, message) for i, message in enumerate(messages)]
+        marked_tools = None if tools is None else marker.leaves(tools, -1, "tools")
+        marked = _read_marks(self._render(_with_reasoning(chat), marked_tools, False, mark=True))
+        if marked is None or marked.text != text:
+            raise TemplateMismatchError("the chat template rewrites the words of this chat, so they cannot be located")
+        return MarkedChat(marked.text, marked.words, marked.generations, marker.origins)
+
+
+class Origin(NamedTuple):
+    """Where a mark's word comes from."""
+
+    message: int
+    """Index of the message; -1 for tools."""
+    field: str
+    """`content`, `reasoning`, `tool_calls` or `tools`."""
+    part: int
+    """Index in a content list; 0 for a plain content."""
+    leads: bool
+    """Nothing of the same content stands before it (a tag would)."""
+
+
+class MarkedChat(NamedTuple):
+    """A `Marked` with the origin of every mark."""
+
+    text: str
+    words: list[tuple[int, int, int]]
+    generations: list[tuple[int, int]]
+    origins: list[Origin]
+
+
+class _Marker:
+    """Copies messages with marks around their words."""
+
+    def __init__(self, tags: re.Pattern | None):
+        self._tags = tags
+        self.origins: list[Origin] = []
+
+    def message(self, index: int, message: dict) -> dict:
+        marked = dict(message)
+        content = message.get("content")
+        if isinstance(content, str):
+            marked["content"] = self._text(content, index, "content", 0)
+        elif isinstance(content, list):
+            marked["content"] = [self._part(part, index, k) for k, part in enumerate(content)]
+        # All names of the reasoning carry the same marks: a template reads one of them.
+        reasoning = next((message[name] for name in _REASONING if isinstance(message.get(name), str)), None)
+        if reasoning is not None:
+            text = self._text(reasoning, index, "reasoning", 0)
+            marked.update({name: text for name in _REASONING if message.get(name) == reasoning})
+        if isinstance(message.get("tool_calls"), list):
+            marked["tool_calls"] = self.leaves(message["tool_calls"], index, "tool_calls")
+        return marked
+
+    def _part(self, part, index, k):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            return {**part, "text": self._text(part["text"], index, "content", k)}
+        return self._text(part, index, "content", k) if isinstance(part, str) else part
+
+    def leaves(self, value, index: int, field: str):
+        """Marks every string inside lists and objects, but for `type` and `id`, which templates compare."""
+        if isinstance(value, str):
+            return self._text(value, index, field, 0)
+        if isinstance(value, list):
+            return [self.leaves(item, index, field) for item in value]
+        if isinstance(value, dict):
+            return {k: v if k in ("type", "id") else self.leaves(v, index, field) for k, v in value.items()}
+        return value
+
+    def _text(self, text: str, index: int, field: str, part: int) -> str:
+        pieces = self._tags.split(text) if self._tags else [text]
+        out = []
+        leads = True
+        for position, piece in enumerate(pieces):
+            is_tag = position % 2 == 1
+            # White space stays outside, so that a template may strip it; an empty word has nothing to mark.
+            before, core, after = _EDGES.fullmatch(piece).groups()
+            if is_tag or not core:
+                out.append(piece)
+                leads = leads and not is_tag
+                continue
+            number = len(self.origins)
+            self.origins.append(Origin(index, field, part, leads))
+            out.append(f"{before}{_WORD}{number};{core}{_WORD_END}{number};{after}")
+            leads = False
+        return "".join(out)
+
+
+def _read_marks(rendered: str) -> Marked | None:
+    """Take the marks out; None when they are torn or nested."""
+    pieces, words, generations, open_generations = [], [], [], []
+    open_word = None
+    length = last = 0
+    for match in _MARKS.finditer(rendered):
+        pieces.append(rendered[last : match.start()])
+        length += match.start() - last
+        last = match.end()
+        start, end, generation, _ = match.groups()
+        if start is not None:
+            if open_word is not None:
+                return None
+            open_word = (int(start), length)
+        elif end is not None:
+            if open_word is None or open_word[0] != int(end):
+                return None
+            words.append((*open_word, length))
+            open_word = None
+        elif generation:
+            open_generations.append(length)
+        elif open_generations:
+            generations.append((open_generations.pop(), length))
+        else:
+            return None
+    if open_word is not None or open_generations:
+        return None
+    pieces.append(rendered[last:])
+    text = "".join(pieces)
+    return None if _ANY_MARK.search(text) else Marked(text, words, generations)
+
+
+def _with_reasoning(messages: Sequence[dict]) -> list[dict]:
+    """Give a message's reasoning every name that templates read, as transformers does."""
+    out = []
+    for message in messages:
+        reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        out.append(message)
+    return out
