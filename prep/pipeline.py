@@ -12,9 +12,10 @@ from formats.dataset import INDEX_NAME, write_index
 from formats.layout import align_up
 from formats.manifest import MANIFEST_NAME, Manifest, Source, fingerprint, read_manifest, write_manifest
 from formats.schema import BATCH_PACKS
-from formats.shard import TEMPORARY_SUFFIX, file_digest, write_json
-from prep.encode.run import EncodeOptions, encode
-from prep.encode.store import STORE_NAME, DocumentStore
+from formats.shard import TEMPORARY_SUFFIX, FileEntry, file_digest, write_json
+from prep.encode.options import EncodeOptions
+from prep.encode.run import encode
+from prep.encode.store import DocumentStore, read_store
 from prep.inspect.facts import REPORT_NAME
 from prep.ledger import LEDGER_NAME, Ledger
 from prep.materialize import materialize
@@ -87,15 +88,22 @@ def check_output(out: Path, resume: bool) -> None:
 
 def open_store(inputs, out, tokenizer, *, workers, resume, progress) -> DocumentStore:
     """The store to pack: the one named, or one made from raw input."""
-    stores = [p for p in inputs if (p / STORE_NAME).is_file()]
+    stores = [p for p in inputs if p.is_dir() and read_store(p) is not None]
     if stores:
         if len(inputs) > 1:
             raise ValueError(f"{stores[0]} is a document store: pack it alone, or name the raw files of all")
         return DocumentStore.open(stores[0])
     if tokenizer is None:
         raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
-    options = EncodeOptions(tokenizer=tokenizer)
-    return encode(inputs, store_path(out), options, workers=workers, resume=resume, progress=progress)
+    options = EncodeOptions(tokenizer=str(tokenizer))
+    with progress.stage("encoding", "MB") as update:
+
+        def report(p) -> None:
+            note = f"{p.documents:,} documents, {p.tokens:,} tokens" + (f", {p.dropped:,} dropped" if p.dropped else "")
+            update(p.bytes_done // 10**6, p.bytes // 10**6, note)
+
+        names = [str(p) for p in inputs]
+        return encode(names, store_path(out), options, workers=workers, resume=resume, progress=report)
 
 
 def store_path(out: Path) -> Path:
@@ -109,7 +117,7 @@ def choose_parts(store: DocumentStore, eval_fraction: float) -> dict[str, np.nda
     A document is held out by its own hash: it stays on its side when other documents come or go, and equal
     documents are on the same side.
     """
-    rows = np.arange(store.num_documents, dtype=np.int64)
+    rows = np.arange(len(store), dtype=np.int64)
     if eval_fraction == 0:
         return {"all": rows}
     held_out = store.doc_hashes < np.uint64(int(eval_fraction * 2**64))
@@ -129,7 +137,7 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, workers, p
     stated = {
         **asdict(options),
         "eval_fraction": eval_fraction,
-        "store": file_digest(store.path / STORE_NAME),
+        "store": file_digest(store.path / "store.json"),
         "packages": packages,
     }
     essentials = {
@@ -147,7 +155,14 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, workers, p
         if read_manifest(folder).options["plan"] != essentials["plan"]:
             raise ValueError(f"{folder}: was finished with other options or input; remove {out}, or name another --out")
         return folder
-    with progress.stage(f"writing {name} shards", plan.num_packs, "packs") as advance:
+    with progress.stage(f"writing {folder}", "packs") as update:
+        written = 0
+
+        def report(job, result) -> None:
+            nonlocal written
+            written += len(job.offsets) - 1
+            update(written, plan.num_packs)
+
         files, columns = materialize(
             plan,
             store.path,
@@ -159,7 +174,7 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, workers, p
             essentials=essentials,
             shard_packs=shard_packs(options),
             workers=workers,
-            on_done=lambda job, result: advance(len(job.offsets) - 1),
+            on_done=report,
         )
     files.append(write_index(folder / INDEX_NAME, columns))
     ledger = part_ledger(name, rows, plan, store)
@@ -183,7 +198,7 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, workers, p
         bos_id=info.bos_id,
         eos_id=info.eos_id,
         packages=packages,
-        inputs=info.inputs,
+        inputs=tuple(FileEntry(**entry) for entry in info.inputs),
         sources=tuple(Source(*source) for source in info.sources),
         totals={
             "packs": plan.num_packs,
@@ -211,9 +226,9 @@ def part_ledger(name: str, rows: np.ndarray, plan: Plan, store: DocumentStore) -
     """The store's ledger carried on to one packed folder: what went to the other split, was dropped or cut."""
     ledger = Ledger.from_json(store.ledger.to_json())
     lengths = store.lengths.astype(np.int64)
-    other = np.ones(store.num_documents, bool)
+    other = np.ones(len(store), bool)
     other[rows] = False
-    kept = np.bincount(plan.doc, weights=plan.length, minlength=store.num_documents).astype(np.int64)
+    kept = np.bincount(plan.doc, weights=plan.length, minlength=len(store)).astype(np.int64)
     for source, first, last in store.info.sources:
         inside = slice(first, last)
         if other[inside].any():

@@ -15,17 +15,17 @@ class Progress:
         self._quiet = quiet
 
     @contextmanager
-    def stage(self, label: str, total: int, unit: str):
-        """A stage of `total` units; yields `advance(units, note="")`. `note` replaces the text behind the bar."""
+    def stage(self, label: str, unit: str):
+        """A stage of work; yields `update(done, total, note="")`, counts in `unit`. `note` stands behind the bar."""
         if self._quiet:
-            yield lambda units, note="": None
+            yield lambda done, total, note="": None
         elif sys.stderr.isatty():
-            yield from _bar(label, total, unit)
+            yield from _bar(label, unit)
         else:
-            yield from _lines(label, total, unit)
+            yield from _lines(label, unit)
 
 
-def _bar(label: str, total: int, unit: str):
+def _bar(label: str, unit: str):
     # rich takes a tenth of a second to import: only a terminal pays for it.
     from rich.console import Console
     from rich.progress import (
@@ -48,24 +48,19 @@ def _bar(label: str, total: int, unit: str):
         TextColumn("{task.fields[note]}", style="dim"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total, note="")
-
-        def advance(units: int, note: str = "") -> None:
-            progress.update(task, advance=units, note=note)
-
-        yield advance
+        task = progress.add_task(label, total=None, note="")
+        yield lambda done, total, note="": progress.update(task, completed=done, total=total, note=note)
 
 
-def _lines(label: str, total: int, unit: str):
+def _lines(label: str, unit: str):
     begin = last = time.monotonic()
-    done = 0
 
-    def advance(units: int, note: str = "") -> None:
-        nonlocal last, done
-        done += units
+    def update(done: int, total: int, note: str = "") -> None:
+        nonlocal last
         now = time.monotonic()
-        if now - last >= PLAIN_SECONDS or done == total:
+        if now - last >= PLAIN_SECONDS or done >= total:
             last = now
-            print(f"{label}: {done}/{total} {unit}, {now - begin:.0f} s {note}".rstrip(), file=sys.stderr, flush=True)
+            text = f"{label}: {done:,}/{total:,} {unit}, {now - begin:.0f} s"
+            print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
 
-    yield advance
+    yield update

@@ -1,14 +1,22 @@
 """The packing report in a terminal."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
-def print_report(console: Console, name: str, facts: dict, ledger: dict) -> None:
-    """Print the facts of one packed folder and where its documents and tokens went."""
+def print_report(console: Console, name: str, report: dict) -> None:
+    """Print the report of one packed folder (`prep.inspect.facts.write_report`): its facts, and where every document
+    and token that was read went."""
+    _print_facts(console, name, report)
+    _print_ledger(console, name, report["ledger"]["total"])
+
+
+def _print_facts(console: Console, name: str, facts: dict) -> None:
     per_pack = facts["documents_per_pack"]
     over = facts["packs"] - facts["lower_bound_packs"]
-    table = Table(title=f"{name}: packing efficiency", title_justify="left", show_header=False, title_style="bold")
+    console.print(f"\n[bold]{escape(name)}[/bold]: packing efficiency", highlight=False)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column(style="dim")
@@ -26,4 +34,20 @@ def print_report(console: Console, name: str, facts: dict, ledger: dict) -> None
     aligned = f"slots aligned to {facts['align']} for cp {facts['cp']}" if facts["align"] > 1 else "slots not aligned"
     table.add_row("slot padding", f"{facts['slot_padding_share']:.2%}", f"{facts['slot_padding']:,} tokens, {aligned}")
     table.add_row("tail padding", f"{facts['tail_padding_share']:.2%}", f"{facts['tail_padding']:,} tokens")
+    console.print(table)
+
+
+def _print_ledger(console: Console, name: str, account: dict) -> None:
+    console.print(f"[bold]{escape(name)}[/bold]: where everything went", highlight=False)
+    table = Table(box=None)
+    table.add_column("")
+    table.add_column("documents", justify="right")
+    table.add_column("tokens", justify="right")
+    rows = [("read", account["read"])]
+    rows += [
+        (f"{book}: {reason}", count) for book in ("dropped", "truncated") for reason, count in account[book].items()
+    ]
+    rows.append(("kept", account["kept"]))
+    for label, count in rows:
+        table.add_row(label, f"{count['documents']:,}", f"{count['tokens']:,}")
     console.print(table)
