@@ -1,0 +1,230 @@
+"""Hugging Face folders: read the configuration, read the weights of this rank, write a folder that others open.
+
+Reading copies slices: every rank opens the safetensors files memory-mapped and copies only the rows and columns that
+its shards hold, so anonymous memory peaks at the shard plus one slice. Writing gathers one tensor at a time to rank 0.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from contextlib import ExitStack
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from train.model.config import ModelConfig
+from train.model.families import Source, model_config, weight_sources
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILE_BYTES = 5 << 30  # at most so much in one exported file
+COPIED = (  # what a folder holds besides config.json and weights and what its readers want back
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face folder.
+
+    Raises ValueError when `config.json` is missing, is not JSON, or describes what is not supported.
+    """
+    return model_config(_read_json(folder / "config.json"))
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy the weights of `folder` into `model`, plain or sharded (DTensor), casting to the dtype that is there.
+
+    `model` is a `Decoder`, perhaps after `fully_shard` and tensor parallelism, and materialised (`to_empty`). Not a
+    collective: a rank reads what it holds and talks to nobody. Raises ValueError naming the tensor when the files lack
+    one, hold another shape, or hold one that the model has no place for.
+    """
+    config: ModelConfig = model.config
+    sources = weight_sources(config)
+    with ExitStack() as stack:
+        files = _open_files(folder, stack)
+        _refuse_leftovers(files.keys() - {source.name for source in sources.values()}, config, folder)
+        # state_dict and not named_parameters: it makes FSDP show the sharded tensors, whatever ran before
+        for name, parameter in model.state_dict().items():
+            if parameter.is_meta:
+                raise ValueError(f"{name} is on the meta device: call model.to_empty(device=…) before loading weights.")
+            _copy_own_part(parameter, sources[name], files, folder)
+
+
+def _copy_own_part(parameter: Tensor, source: Source, files: dict[str, Any], folder: Path) -> None:
+    if source.name not in files:
+        raise ValueError(
+            f"{folder} holds no tensor {source.name!r}: its weights are not those its config.json describes."
+        )
+    stored = files[source.name].get_slice(source.name)
+    expected = [source.total_rows, *parameter.shape[1:]]
+    if stored.get_shape() != expected:
+        raise ValueError(
+            f"{source.name} in {folder} has shape {stored.get_shape()}, its config.json asks for {expected}."
+        )
+    if isinstance(parameter, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        parameter = parameter.to_local()
+    else:
+        shape, offset = tuple(parameter.shape), (0,) * parameter.ndim
+    if 0 in shape:  # more ranks than rows
+        return
+    starts = (offset[0] + source.start, *offset[1:])
+    window = tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))
+    with torch.no_grad():
+        parameter.copy_(stored[window])
+
+
+def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """For every tensor name in the folder the open file that holds it."""
+    if (folder / INDEX).exists():
+        where = _read_json(folder / INDEX)["weight_map"]
+    elif (folder / WEIGHTS).exists():
+        where = None
+    else:
+        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: convert its weights to safetensors first.")
+    files = {}
+    for name in [WEIGHTS] if where is None else sorted(set(where.values())):
+        try:
+            files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / name} cannot be read as safetensors ({error}): download it again.") from None
+    return {tensor: file for file in files.values() for tensor in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _refuse_leftovers(names: set[str], config: ModelConfig, folder: Path) -> None:
+    """Old files repeat what is computed (frequencies) or tied (the head); anything else is a part we would lose."""
+    repeated = {"lm_head.weight"} if config.tied_embeddings else set()
+    unknown = sorted(name for name in names - repeated if not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise ValueError(
+            f"{folder} holds {len(unknown)} tensors without a place in a {config.family} model, {unknown[0]!r} first."
+        )
+
+
+def save_weights(
+    model: nn.Module, source: Path, out: Path, *, dtype: torch.dtype | None = None, file_bytes: int = FILE_BYTES
+) -> None:
+    """Write `model` as a Hugging Face folder `out`, with configuration and tokenizer of the folder `source`.
+
+    Collective: every rank calls it, rank 0 writes. `dtype` is that of the stored weights, by default that of the
+    parameters. Files hold up to `file_bytes`; several get an index. The folder appears whole: it is written under
+    another name and renamed, replacing an earlier export.
+    """
+    parameters = model.state_dict()
+    files = _plan_files(parameters, weight_sources(model.config), dtype, file_bytes)
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    scratch = None
+    if writes:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for file_name, tensors in files.items():
+            gathered = {}
+            for name, parts in tensors.items():
+                whole = [_gather(parameters[part], keep=writes) for part in parts]  # collective: on every rank
+                if writes:
+                    tensor = whole[0] if len(whole) == 1 else torch.cat(whole)
+                    gathered[name] = tensor.to(dtype or tensor.dtype).contiguous()
+            if writes:
+                save_file(gathered, scratch / file_name, metadata={"format": "pt"})
+        if writes:
+            _write_companions(scratch, source, files, parameters, dtype)
+            _replace(scratch, out)
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _plan_files(
+    parameters: dict[str, Tensor], sources: dict[str, Source], dtype: torch.dtype | None, file_bytes: int
+) -> dict[str, dict[str, list[str]]]:
+    """File name -> tensor name -> our parameters that make it up, from its first row to its last."""
+    tensors = defaultdict(list)
+    for ours in sorted(sources, key=lambda name: sources[name].start):
+        tensors[sources[ours].name].append(ours)
+    groups, used = [{}], 0
+    for name in dict.fromkeys(source.name for source in sources.values()):  # in the order of the model
+        parts = tensors[name]
+        size = sum(parameters[p].numel() * (dtype or parameters[p].dtype).itemsize for p in parts)
+        if groups[-1] and used + size > file_bytes:
+            groups.append({})
+            used = 0
+        groups[-1][name] = parts
+        used += size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _gather(parameter: Tensor, keep: bool) -> Tensor | None:
+    if isinstance(parameter, DTensor):
+        mesh_device = parameter.device_mesh.device_type
+        if parameter.device.type != mesh_device:  # CPU offload: the collective needs the mesh's device
+            parameter = parameter.to(mesh_device)
+        parameter = parameter.full_tensor()
+    return parameter.detach().cpu() if keep else None
+
+
+def _write_companions(
+    scratch: Path, source: Path, files: dict, parameters: dict[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    config = _read_json(source / "config.json")
+    stored = str(dtype or next(iter(parameters.values())).dtype).removeprefix("torch.")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = stored
+    _write_json(scratch / "config.json", config)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COPIED):
+            shutil.copyfile(file, scratch / file.name)
+    if len(files) > 1:
+        where = {tensor: file for file, tensors in files.items() for tensor in tensors}
+        total = sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in parameters.values())
+        _write_json(scratch / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _replace(scratch: Path, out: Path) -> None:
+    for file in scratch.iterdir():
+        file.chmod(0o644)  # safetensors makes 0o600
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    scratch.chmod(0o755)  # mkdtemp makes 0o700
+    if out.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+        out.rename(old / out.name)
+        scratch.rename(out)
+        shutil.rmtree(old)
+    else:
+        scratch.rename(out)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): name a folder in the Hugging Face layout."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again.") from None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

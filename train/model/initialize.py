@@ -1,0 +1,33 @@
+"""Random weights for training from scratch, the same on every mesh."""
+
+import torch
+import xxhash
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from train.model.decoder import Decoder, Norm
+
+
+@torch.no_grad()
+def init_weights(model: Decoder, seed: int) -> None:
+    """Fill every parameter: matrices and embeddings normal with `config.initializer_range`, biases 0, norms neutral.
+
+    A parameter's values are a function of (seed, its name) alone: neither the order of the parameters, nor the device,
+    nor how many ranks share them changes a bit. Each rank draws the whole tensor on CPU and keeps its own share, so the
+    peak is one tensor. Collective when parameters are DTensors only in the sense that every rank must call it.
+    """
+    neutral_norm = 1.0 - model.config.norm_offset
+    norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Norm)}
+    for name, parameter in model.named_parameters():
+        if name in norms:
+            parameter.fill_(neutral_norm)
+        elif name.endswith(".bias"):
+            parameter.zero_()
+        else:
+            generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}") >> 1)
+            values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
+            if isinstance(parameter, DTensor):
+                # every rank drew the same numbers: take the own share, send nothing
+                values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(values.to_local())
+            else:
+                parameter.copy_(values)
