@@ -24,22 +24,28 @@ def cut(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.
     return doc, start, np.minimum(x[doc] - start, capacity).astype(np.int32)
 
 
-def cut_stream(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The pieces of the concatenation of all documents cut at every multiple of `capacity`.
+def cut_stream(lengths: np.ndarray, capacity: int, *, align: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pieces of the concatenation of all documents, cut at every multiple of `capacity`.
 
-    (doc int64[P], start int64[P], length int32[P], bin int32[P]), in stream order; ⌈Σ lengths / capacity⌉ bins, all
-    but the last exactly full. A length of 0 gives no piece; a negative one is a ValueError.
+    (doc int64[P], start int64[P], length int32[P]) in stream order. Every document begins at a multiple of `align`,
+    which must divide the capacity. The bins are ⌈Σ aligned lengths / capacity⌉, all but the last exactly full, so
+    `pack(length, capacity, "greedy", align=align)` gives the bin of every piece. A length of 0 gives no piece; a
+    negative one is a ValueError.
     """
     x, capacity = _checked(lengths, capacity)
-    ends = np.cumsum(x)
-    begins = ends - x
+    align = positive("align", align)
+    if capacity % align:
+        raise ValueError(f"capacity {capacity} is not a multiple of align {align}: a cut would fall inside a slot.")
+    slots = -(-x // align) * align
+    ends = np.cumsum(slots)
+    begins = ends - slots
     first_bin, last_bin = begins // capacity, np.maximum(ends - 1, begins) // capacity
     pieces = np.where(x > 0, last_bin - first_bin + 1, 0)
     doc = np.repeat(np.arange(x.size, dtype=np.int64), pieces)
-    bin_of = first_bin[doc] + np.arange(doc.size, dtype=np.int64) - (np.cumsum(pieces) - pieces)[doc]
-    low = np.maximum(begins[doc], bin_of * capacity)
-    high = np.minimum(ends[doc], (bin_of + 1) * capacity)
-    return doc, low - begins[doc], (high - low).astype(np.int32), bin_of.astype(np.int32)
+    in_bin = first_bin[doc] + np.arange(doc.size, dtype=np.int64) - (np.cumsum(pieces) - pieces)[doc]
+    low = np.maximum(begins[doc], in_bin * capacity)
+    high = np.minimum(begins[doc] + x[doc], (in_bin + 1) * capacity)
+    return doc, low - begins[doc], (high - low).astype(np.int32)
 
 
 def _checked(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:

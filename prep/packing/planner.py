@@ -4,35 +4,57 @@ from collections.abc import Callable
 
 import numpy as np
 
+from prep.packing.best import best
 from prep.packing.bfd import bfd
 from prep.packing.bounds import lower_bound
 from prep.packing.ffd import ffd
 from prep.packing.greedy import greedy
 from prep.packing.lengths import Lengths
+from prep.packing.optimal import optimal
+from prep.packing.ordered import ordered
 from prep.packing.placing import assign
 from prep.packing.result import Packing
+from prep.packing.rounding import Certificate
 
 
 def _greedy(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
-    bin_ids, num_bins = greedy(lengths, max_docs)
-    return _result(lengths, bin_ids, num_bins, max_docs, "greedy")
+    return _result(lengths, *greedy(lengths, max_docs), lower_bound(lengths.histogram, max_docs), "greedy")
+
+
+def _ordered(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
+    return _result(lengths, *ordered(lengths, max_docs), lower_bound(lengths.histogram, max_docs), "ordered")
 
 
 def _ffd(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
     plan = ffd(lengths.histogram, max_docs)
     bin_ids = assign(lengths, plan, seed, textbook=seed == 0)
-    return _result(lengths, bin_ids, plan.num_bins, max_docs, "ffd")
+    return _result(lengths, bin_ids, plan.num_bins, lower_bound(lengths.histogram, max_docs), "ffd")
 
 
 def _bfd(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
     plan = bfd(lengths.histogram, max_docs)
-    return _result(lengths, assign(lengths, plan, seed), plan.num_bins, max_docs, "bfd")
+    bound = lower_bound(lengths.histogram, max_docs)
+    return _result(lengths, assign(lengths, plan, seed), plan.num_bins, bound, "bfd")
+
+
+def _best(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
+    plan, bound = best(lengths.histogram, max_docs)
+    return _result(lengths, assign(lengths, plan, seed), plan.num_bins, bound, "best")
+
+
+def _optimal(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
+    plan, certificate = optimal(lengths.histogram, max_docs, time_limit)
+    bin_ids = assign(lengths, plan, seed)
+    return _result(lengths, bin_ids, plan.num_bins, certificate.bound, "optimal", certificate)
 
 
 ALGORITHMS: dict[str, Callable[[Lengths, int, int, float | None], Packing]] = {
     "greedy": _greedy,
     "ffd": _ffd,
     "bfd": _bfd,
+    "best": _best,
+    "optimal": _optimal,
+    "ordered": _ordered,
 }
 
 
@@ -65,7 +87,8 @@ def pack(
     return ALGORITHMS[algo](checked, limit, seed, time_limit)
 
 
-def _result(lengths: Lengths, bin_ids: np.ndarray, num_bins: int, max_docs: int, algo: str) -> Packing:
-    h = lengths.histogram
-    fill = h.tokens / (num_bins * lengths.capacity) if num_bins else 1.0
-    return Packing(bin_ids, int(num_bins), lower_bound(h, max_docs), fill, algo)
+def _result(
+    lengths: Lengths, bin_ids: np.ndarray, num_bins: int, bound: int, algo: str, certificate: Certificate | None = None
+) -> Packing:
+    fill = lengths.histogram.tokens / (num_bins * lengths.capacity) if num_bins else 1.0
+    return Packing(bin_ids, int(num_bins), bound, fill, algo, certificate)

@@ -1,9 +1,11 @@
 """What `pack` returns."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
+
+from prep.packing.rounding import Certificate
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class Packing:
     bin_ids: int32[N], the bin of each document, 0 … num_bins − 1, every bin used.
     lower_bound: proven, no packing of these aligned lengths has fewer bins.
     fill: Σ real lengths / (num_bins · capacity); 1.0 when there is nothing to pack.
-    certificate: what `optimal` found on the way to its bound (empty for the other algorithms).
+    certificate: how `optimal` proved its bound, printable; None for the other algorithms.
     """
 
     bin_ids: np.ndarray
@@ -21,7 +23,7 @@ class Packing:
     lower_bound: int
     fill: float
     algo: str
-    certificate: dict = field(default_factory=dict)
+    certificate: Certificate | None = None
 
     @property
     def gap(self) -> float:
