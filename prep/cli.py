@@ -1,6 +1,7 @@
 """The `prep` command: parse, call, print. What a command needs is imported when it runs, so that help is instant."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,18 @@ class OneSentence(click.Group):
             if os.environ.get("MESHPACK_TRACEBACK"):
                 raise
             raise click.ClickException(str(error)) from None
+
+
+class Size(click.ParamType):
+    """A number of bytes: 65536, 64K, 256M, 2G (powers of 1024)."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        found = re.fullmatch(r"(\d+)([KMG]?)i?B?", str(value), re.IGNORECASE)
+        if not found or not int(found[1]):
+            self.fail(f"{value!r} is not a size like 65536, 64K, 256M or 2G")
+        return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2].upper()]
 
 
 @click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,10 +67,11 @@ def main() -> None:
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of documents, chosen by hash, held out: makes OUT/train and OUT/eval.",
 )
+@click.option("--shard-size", type=Size(), default="256M", show_default=True, help="Aim of a shard, e.g. 64M or 2G.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the cores of this machine.")
 @click.option("--resume", is_flag=True, help="Finish what an interrupted run with the same options left.")
 @click.option("--quiet", is_flag=True, help="No progress and no report; errors only.")
-def pack(inputs, out, tokenizer, workers, resume, quiet, eval_fraction, **options) -> None:
+def pack(inputs, out, tokenizer, eval_fraction, shard_size, workers, resume, quiet, **options) -> None:
     """Pack INPUTS (JSONL files of messages, prompt/completion or text; or one document store) into OUT.
 
     Raw input is tokenized into a document store beside OUT (OUT.store), from which other packs can be made without
@@ -78,6 +92,7 @@ def pack(inputs, out, tokenizer, workers, resume, quiet, eval_fraction, **option
         PackOptions(**options),
         tokenizer=tokenizer,
         eval_fraction=eval_fraction,
+        shard_size=shard_size,
         workers=workers or len(os.sched_getaffinity(0)),
         resume=resume,
         progress=Progress(quiet=quiet),

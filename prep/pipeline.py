@@ -1,6 +1,7 @@
 """`prep pack` from end to end: inputs → store → split → plan → shards → index, ledger, manifest."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ def pack_inputs(
     *,
     tokenizer: Path | None,
     eval_fraction: float = 0.0,
+    shard_size: int = SHARD_BYTES,
     workers: int = 1,
     resume: bool = False,
     progress: Progress | None = None,
@@ -60,7 +62,7 @@ def pack_inputs(
                 "take a larger --seq-len, or --overlong truncate or split"
             )
     return [
-        _write_part(name, rows, chosen, plan, store, out, eval_fraction, workers, progress)
+        _write_part(name, rows, chosen, plan, store, out, eval_fraction, shard_size, workers, progress)
         for name, rows, chosen, plan in plans
     ]
 
@@ -96,6 +98,7 @@ def open_store(inputs, out, tokenizer, *, workers, resume, progress) -> Document
     if tokenizer is None:
         raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
     options = EncodeOptions(tokenizer=str(tokenizer))
+    fresh = not store_path(out).exists()
     with progress.stage("encoding", "MB") as update:
 
         def report(p) -> None:
@@ -103,7 +106,14 @@ def open_store(inputs, out, tokenizer, *, workers, resume, progress) -> Document
             update(p.bytes_done // 10**6, p.bytes // 10**6, note)
 
         names = [str(p) for p in inputs]
-        return encode(names, store_path(out), options, workers=workers, resume=resume, progress=report)
+        try:
+            return encode(names, store_path(out), options, workers=workers, resume=resume, progress=report)
+        except ValueError:
+            # Bad input: what was encoded of it belongs to no store that could be finished. (What a full disk or a kill
+            # leaves can be finished, and stays.)
+            if fresh:
+                shutil.rmtree(store_path(out), ignore_errors=True)
+            raise
 
 
 def store_path(out: Path) -> Path:
@@ -129,7 +139,7 @@ def choose_parts(store: DocumentStore, eval_fraction: float) -> dict[str, np.nda
     return {"train": rows[~held_out], "eval": rows[held_out]}
 
 
-def _write_part(name, rows, options, plan, store, out, eval_fraction, workers, progress) -> Path:
+def _write_part(name, rows, options, plan, store, out, eval_fraction, shard_size, workers, progress) -> Path:
     folder = out if name == "all" else out / name
     info = store.info
     pad_id = next((i for i in (info.pad_id, info.eos_id) if i is not None), 0)
@@ -137,6 +147,7 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, workers, p
     stated = {
         **asdict(options),
         "eval_fraction": eval_fraction,
+        "shard_size": shard_size,
         "store": file_digest(store.path / "store.json"),
         "packages": packages,
     }
@@ -172,7 +183,7 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, workers, p
             align=options.align,
             pad_id=pad_id,
             essentials=essentials,
-            shard_packs=shard_packs(options),
+            shard_packs=shard_packs(options, shard_size),
             workers=workers,
             on_done=report,
         )
@@ -216,10 +227,11 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, workers, p
     return folder
 
 
-def shard_packs(options: PackOptions) -> int:
-    """Packs a shard: a whole number of record batches near `SHARD_BYTES`."""
+def shard_packs(options: PackOptions, shard_size: int) -> int:
+    """Packs a shard of about `shard_size` bytes: whole record batches where it is that large."""
     bytes_per_token = 5 if options.format == "thd" else 16
-    return max(1, SHARD_BYTES // (bytes_per_token * options.seq_len * BATCH_PACKS)) * BATCH_PACKS
+    packs = max(1, shard_size // (bytes_per_token * options.seq_len))
+    return packs if packs < BATCH_PACKS else packs // BATCH_PACKS * BATCH_PACKS
 
 
 def part_ledger(name: str, rows: np.ndarray, plan: Plan, store: DocumentStore) -> Ledger:

@@ -3,21 +3,15 @@
 torch and transformers are imported inside the fixtures: the tests of `prep` must not pay seconds for them.
 """
 
-import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from byte_tokenizer import write_byte_tokenizer
 from tools.smollm2 import convert, find_gguf
 
 SMOLLM2_CACHE = Path(__file__).parent.parent / "build" / "smollm2"  # ignored by git, kept between runs
-TINY_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TINY_VOCABULARY = 320  # 3 special tokens, 256 bytes, the rest never used: more rows than the tokenizer has ids
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
@@ -67,22 +61,3 @@ def write_tiny_llama(folder: Path, *, tied: bool) -> Path:
     model.save_pretrained(folder)
     write_byte_tokenizer(folder)
     return folder
-
-
-def write_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer with one id a byte and no merges: every string has ids, `len(ids)` is its number of UTF-8 bytes."""
-    vocabulary = TINY_SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(TINY_SPECIALS)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|im_end|>",
-        "chat_template": CHATML,
-        "model_max_length": 512,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
