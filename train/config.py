@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from train.attention.choose import BACKENDS
+
 
 def _flag(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": help_text, "choices": choices})
@@ -41,6 +43,9 @@ class Model:
         "float32", "parameters in forward and backward; the optimizer keeps float32", ("float32", "bfloat16")
     )
     reduce_dtype: str = _flag("float32", "sum of the gradients over ranks", ("float32", "bfloat16"))
+    attention: str = _flag(
+        "auto", "attention kernel; auto takes the fastest that serves the model", ("auto", *BACKENDS)
+    )
     recompute: str = _flag("none", "activations recomputed in backward", ("none", "full"))
 
 
@@ -252,14 +257,15 @@ def _add_flag(group: argparse._ArgumentGroup, leaf: dataclasses.Field) -> None:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # BaseLoader leaves every value the string that was typed: `verify: off` is not False, `lr: 1e-5` no surprise.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"--config {path}{line} is not YAML") from error
-    if content is None:
+    if not content:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
@@ -282,17 +288,17 @@ def _base_type(leaf: dataclasses.Field) -> type:
 
 
 def _convert(name: str, value: Any) -> Any:
-    """`value` of the command line (a string) or of the file (what YAML made of it) as the type of its leaf."""
+    """`value`, the string of the command line or of the file (a bool for `--flag`, `--no-flag`), as its leaf's type."""
     leaf = leaves()[name][1]
     flag, kind, choices = "--" + name.replace("_", "-"), _base_type(leaf), leaf.metadata["choices"]
     if kind is bool:
-        if not isinstance(value, bool):
+        if value not in (True, False, "true", "false"):
             raise ValueError(f"{flag} must be true or false, not {value!r}")
-        return value
-    if isinstance(value, bool | list | dict) or value is None:
+        return value in (True, "true")
+    if not isinstance(value, str) or value == "":
         raise ValueError(f"{flag} takes one {kind.__name__}, not {value!r}")
     try:
-        converted = kind(value) if not (kind is int and isinstance(value, float)) else int(str(value))
+        converted = kind(value)
     except ValueError:
         raise ValueError(f"{flag} takes one {kind.__name__}, not {value!r}") from None
     if choices and converted not in choices:

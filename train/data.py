@@ -229,7 +229,6 @@ class _Row:
             "cu_seqlens": torch.empty(self._most_segments + 1, dtype=torch.int32, pin_memory=pinned),
         }
         self._arrays = {name: tensor.numpy() for name, tensor in self._host.items()}
-        self._lengths: list[int] = []
         self._max_seqlen = 0
         self._copied: torch.cuda.Event | None = None
 
@@ -259,7 +258,6 @@ class _Row:
         cu_seqlens[0] = 0
         np.cumsum(segments, out=cu_seqlens[1 : len(segments) + 1])
         cu_seqlens[len(segments) + 1 :] = len(ids)
-        self._lengths = segments.tolist()
         aligned = int(align_up(np.int64(longest), self._align))
         self._max_seqlen = min(len(ids), 1 << (aligned - 1).bit_length())
 
@@ -270,5 +268,5 @@ class _Row:
             tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self._host.items()}
             self._copied = torch.cuda.Event()
             self._copied.record()
-        segments = Segments(tensors["cu_seqlens"], self._max_seqlen, self._lengths)
+        segments = Segments(tensors["cu_seqlens"], self._max_seqlen)
         return MicroBatch(tensors["input_ids"], tensors["labels"], tensors["position_ids"], segments)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from train import hf
+from train.attention.choose import choose_backend
 from train.checkpoint import Checkpointer, DataState, Position, check_data_state, read_position
 from train.config import Config, parse
 from train.data import PackedLoader, Schedule, open_shards
@@ -61,8 +62,15 @@ def train(config: Config) -> None:
 
     # The model: built without memory, parallelized, and only then given memory and values, so that no rank ever
     # holds more than its part.
+    attention = choose_backend(
+        config.model.attention,
+        device.type,
+        getattr(torch, config.model.dtype),
+        model_config.head_dim,
+        softcap=model_config.attention_softcap is not None,
+    )
     with torch.device("meta"):
-        model = Decoder(model_config)
+        model = Decoder(model_config, attention.name)
     model = parallelize(model, mesh, config)
     model.to_empty(device="cpu" if config.layout.cpu_offload else device)
     hf.load_weights(model, Path(config.model.model))
@@ -75,8 +83,8 @@ def train(config: Config) -> None:
     metrics.say(
         f"{dist.get_world_size()} ranks on {device.type}: {mesh}; "
         f"{sum(p.numel() for p in model.parameters()):,} parameters in {config.model.dtype}; "
-        f"{len(dataset):,} packs of {manifest.capacity:,}, {steps:,} steps of "
-        f"{config.data.batch_packs} packs"
+        f"attention {attention.name}; {len(dataset):,} packs of {manifest.capacity:,}, "
+        f"{steps:,} steps of {config.data.batch_packs} packs"
         + (f"; resumed at step {position.step} from {checkpoint}" if checkpoint else "")
     )
 
@@ -178,12 +186,12 @@ def resume_command() -> str:
     return shlex.join([*launcher, sys.argv[0], *arguments, "--resume", "auto"])
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Exit code of the run. What is wrong is said once, by the first rank that meets it: its peers fail after it, with
     errors of a torn connection that would only hide the reason."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        config = parse(sys.argv[1:])
+        config = parse(argv)
         store = start_process_group(pick_device(config.layout.device))
     except ValueError as error:
         if rank == 0:
@@ -207,4 +215,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -19,11 +20,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PRELOAD = ["numpy", "torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint", "safetensors"]
+PRELOAD = [
+    "numpy",
+    "torch",
+    "torch.distributed",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "safetensors",
+]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, process_group: bool = True
+) -> list[Any]:
     """Call `function(*args)` on ranks 0 … world_size−1 of a gloo process group; returns what each of them returned.
+
+    Without `process_group` the processes only run beside each other, and the function may start a group of its own.
 
     `function` must stand at the top of its file (it is found by file and name in the child), `args` and results must
     pickle. Raises: AssertionError with the traceback of the first rank that failed, or after `timeout` seconds.
@@ -37,7 +49,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for rank in range(world_size):
             receive, send = context.Pipe(duplex=False)
             process = context.Process(
-                target=_child, args=(where, rank, world_size, folder, timeout, send, args), daemon=True
+                target=_child,
+                args=(where, rank, world_size, folder if process_group else None, timeout, send, args),
+                daemon=True,
             )
             process.start()
             send.close()
@@ -62,7 +76,7 @@ def _collect(pipes: list[Connection], ranks: list[Any], deadline: float) -> list
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                ok, value = pipe.recv()
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 ranks[rank].join(5)
                 ok, value = False, f"died with exit code {ranks[rank].exitcode}"
@@ -75,7 +89,13 @@ def _collect(pipes: list[Connection], ranks: list[Any], deadline: float) -> list
 
 
 def _child(
-    where: tuple[str, str], rank: int, world_size: int, folder: str, timeout: float, send: Connection, args: tuple
+    where: tuple[str, str],
+    rank: int,
+    world_size: int,
+    folder: str | None,
+    timeout: float,
+    send: Connection,
+    args: tuple,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -85,18 +105,21 @@ def _child(
             sys.path.insert(0, str(path))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout),
-        )
+        if folder is not None:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/rendezvous",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout),
+            )
         spec = importlib.util.spec_from_file_location("ranked_test", where[0])
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        send.send((True, getattr(module, where[1])(*args)))
-        dist.barrier()  # none leaves while another still talks to it
-        dist.destroy_process_group()
+        # Plain pickle: multiprocessing's own would pass tensors through files that end with this process.
+        send.send_bytes(pickle.dumps((True, getattr(module, where[1])(*args))))
+        if folder is not None:
+            dist.barrier()  # none leaves while another still talks to it
+            dist.destroy_process_group()
     except BaseException:
-        send.send((False, traceback.format_exc()))
+        send.send_bytes(pickle.dumps((False, traceback.format_exc())))

@@ -27,12 +27,14 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     )
     options = {"mesh": mesh.fsdp, "mp_policy": precision, "offload_policy": offload}
 
-    blocks = list(model.layers)
+    blocks = list(model.layers.children())
     for block in blocks:
         # The last block is needed again at once: backward begins with it.
         fully_shard(block, reshard_after_forward=block is not blocks[-1], **options)
-    # The root holds embedding, final norm and head together: a tied head shares its weight with the embedding, and a
-    # parameter can be in one group only.
+    if not model.config.tied_embeddings:
+        fully_shard(model.embed_tokens, reshard_after_forward=True, **options)
+        fully_shard([model.norm, model.lm_head], reshard_after_forward=False, **options)
+    # A tied head uses the embedding's weight, so the root gathers embedding, norm and head together.
     fully_shard(model, reshard_after_forward=False, **options)
 
     for module in model.modules():

@@ -1,0 +1,172 @@
+"""Checkpoints: bit-equal on any mesh, whole or not there, and the data state that a position belongs to."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from ranks import run_ranks
+from train.checkpoint import (
+    MARK,
+    Checkpointer,
+    DataState,
+    Position,
+    check_data_state,
+    read_position,
+    step_folder,
+    whole_checkpoints,
+)
+from train.config import Config, Layout, Optim
+from train.mesh import build_mesh
+from train.model.config import LayerConfig, ModelConfig, Rope
+from train.model.decoder import Decoder
+from train.optim import build_optimizer
+from train.parallel.apply import parallelize
+
+STATE = DataState(("f",), (1.0,), 3, 8)
+
+
+def tiny(hidden=16):
+    layer = LayerConfig(window=None, rope=Rope(10_000.0, 8))
+    return ModelConfig("llama", 37, hidden, 24, 2, 1, 8, (layer, layer), 64, 1e-5, 8**-0.5, tied_embeddings=True)
+
+
+def build(layout, seed, hidden=16):
+    """A parallelized tiny decoder and its optimizer, with values and moments that depend on `seed` alone."""
+    with torch.device("meta"):
+        model = Decoder(tiny(hidden))
+    model = parallelize(model, build_mesh(layout, torch.device("cpu")), Config(layout=layout))
+    model.to_empty(device="cpu")
+    optimizer = build_optimizer(model, Optim())
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        for p in model.parameters():
+            for target in ("data", "grad"):
+                whole = torch.randn(p.shape, generator=generator)
+                if target == "grad":
+                    p.grad = torch.zeros_like(p)
+                distributed = DTensor.from_local(
+                    whole.clone(), p.device_mesh, [torch.distributed.tensor.Replicate()] * p.device_mesh.ndim
+                ).redistribute(p.device_mesh, p.placements)
+                (p.data if target == "data" else p.grad).to_local().copy_(distributed.to_local())
+        optimizer.step()
+    return model, optimizer
+
+
+def everything(model, optimizer):
+    """All values and moments as full tensors on every rank, by name."""
+    found = {}  # clones: on one rank the full tensor is the parameter itself
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        found[name] = p.full_tensor().detach().clone()
+        found |= {f"{name}.{k}": (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in state.items()}
+    return found
+
+
+def save(out, layout):
+    model, optimizer = build(layout, seed=1)
+    Checkpointer(out, model, optimizer, keep=0).save(Position(7, 56, STATE))
+    return everything(model, optimizer)
+
+
+def load(out, layout):
+    model, optimizer = build(layout, seed=2)
+    before = everything(model, optimizer)
+    Checkpointer(out, model, optimizer, keep=0).load(whole_checkpoints(out)[-1])
+    return before, everything(model, optimizer)
+
+
+@pytest.fixture(scope="module")
+def saved_on_two(tmp_path_factory):
+    out = tmp_path_factory.mktemp("checkpoint")
+    return out, run_ranks(save, 2, out, Layout())[0]
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"), [(1, Layout()), (3, Layout()), (4, Layout(dp_replicate=2)), (2, Layout(dp_replicate=2))]
+)
+def test_model_and_optimizer_are_bit_equal_on_another_mesh(saved_on_two, world, layout):
+    out, expected = saved_on_two
+    for before, after in run_ranks(load, world, out, layout):
+        assert after.keys() == expected.keys()
+        assert not torch.equal(before["embed_tokens.weight"], expected["embed_tokens.weight"])
+        for name, value in expected.items():
+            assert torch.equal(after[name], value), name
+
+
+def test_the_position_is_kept(saved_on_two):
+    folder = whole_checkpoints(saved_on_two[0])[-1]
+    assert folder == step_folder(saved_on_two[0], 7)
+    assert read_position(folder) == Position(7, 56, STATE)
+
+
+def save_three(out, keep):
+    model, optimizer = build(Layout(), seed=1)
+    checkpointer = Checkpointer(out, model, optimizer, keep)
+    for step in (2, 4, 6):
+        checkpointer.save(Position(step, step, STATE))
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [2, 4, 6]), (1, [6]), (2, [4, 6])])
+def test_only_the_newest_are_kept(tmp_path, keep, left):
+    run_ranks(save_three, 1, tmp_path, keep)
+    assert whole_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in left]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in left]
+
+
+def test_a_checkpoint_without_its_mark_is_not_there_and_is_overwritten(saved_on_two, tmp_path):
+    shutil.copytree(saved_on_two[0] / "checkpoints", tmp_path / "checkpoints")
+    (step_folder(tmp_path, 7) / MARK).unlink()
+    (step_folder(tmp_path, 7) / "__9_9.distcp").write_bytes(b"half")
+    assert whole_checkpoints(tmp_path) == []
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        read_position(step_folder(tmp_path, 7))
+    run_ranks(save, 1, tmp_path, Layout())
+    assert whole_checkpoints(tmp_path) == [step_folder(tmp_path, 7)]
+    assert not (step_folder(tmp_path, 7) / "__9_9.distcp").exists()
+
+
+def load_wider(out):
+    model, optimizer = build(Layout(), seed=1, hidden=32)
+    try:
+        Checkpointer(out, model, optimizer, keep=0).load(whole_checkpoints(out)[-1])
+    except ValueError as error:
+        return str(error)
+
+
+def test_the_checkpoint_of_another_model_is_refused_by_name(saved_on_two):
+    (message,) = run_ranks(load_wider, 1, saved_on_two[0])
+    assert "embed_tokens.weight is (37, 16) there and (37, 32) in this model; check --model" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"fingerprints": ("g",)}, "fingerprints was ('f',) and is now ('g',)"),
+        ({"weights": (0.5,)}, "weights was"),
+        ({"seed": 4}, "seed was 3 and is now 4"),
+        ({"batch_packs": 6}, "batch_packs was 8 and is now 6"),
+    ],
+)
+def test_a_resume_under_another_data_state_says_what_differs(change, says):
+    with pytest.raises(ValueError, match="cannot resume") as error:
+        check_data_state(Path("c"), STATE, dataclasses.replace(STATE, **change))
+    assert says in str(error.value)
+    check_data_state(Path("c"), STATE, dataclasses.replace(STATE))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"{", "not the mark"), (b"{}", "not the mark"), (b"[]", "not the mark"), ("version", "checkpoint version 99")],
+)
+def test_a_mark_that_cannot_be_read_is_refused(content, says, tmp_path):
+    if content == "version":
+        value = {"version": 99, **dataclasses.asdict(Position(1, 1, STATE))}
+        content = json.dumps(value).encode()
+    (tmp_path / MARK).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        read_position(tmp_path)

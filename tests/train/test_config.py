@@ -1,0 +1,145 @@
+"""Flags, the file behind --config, and the table of supported combinations."""
+
+from pathlib import Path
+
+import pytest
+
+from train.config import COMBINATIONS, Config, check, flatten, leaves, matrix, parse
+
+NEEDED = ["--shards", "s", "--model", "m", "--out", "o"]
+ROOT = Path(__file__).parents[2]
+
+FIXED_NAMES = (
+    *("shards", "model", "out", "steps", "epochs", "batch-packs", "micro-packs", "lr", "seed", "dtype", "device"),
+    *("dp-replicate", "cp", "tp", "pp", "ep", "save-every", "resume", "eval-shards"),
+)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_fixed_flags_exist_and_no_name_stands_twice():
+    assert {name.replace("-", "_") for name in FIXED_NAMES} <= set(leaves())
+    sections = [section for section, _ in leaves().values()]
+    assert len(leaves()) == len(sections) == len(flatten(Config()))
+
+
+def test_flags_reach_their_place_in_the_tree():
+    config = parse(
+        [*NEEDED, "--batch-packs", "6", "--lr", "3e-4", "--dtype", "bfloat16", "--no-export", "--dp-shard", "2"]
+    )
+    assert (config.data.shards, config.model.model, config.run.out) == ("s", "m", "o")
+    assert (config.data.batch_packs, config.optim.lr, config.model.dtype) == (6, 3e-4, "bfloat16")
+    assert config.run.export is False
+    assert config.layout.dp_shard == 2
+
+
+def test_any_flag_can_stand_in_the_file_and_the_command_line_wins(tmp_path):
+    text = "shards: a\nmodel: b\nout: c\nbatch-packs: 4\nmicro_packs: 2\nlr: 2e-5\nexport: false\nresume: auto\n"
+    config = parse(["--config", write(tmp_path, text), "--batch-packs", "9", "--shards=d"])
+    assert (config.data.shards, config.model.model, config.run.out) == ("d", "b", "c")
+    assert (config.data.batch_packs, config.data.micro_packs) == (9, 2)
+    assert config.optim.lr == 2e-5, "YAML reads 2e-5 as a string"
+    assert config.run.export is False
+    assert config.run.resume == "auto"
+
+
+@pytest.mark.parametrize("name", sorted(leaves()))
+def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp_path):
+    values = {
+        "attention": "cpu",
+        "dtype": "bfloat16",
+        "reduce_dtype": "bfloat16",
+        "device": "cpu",
+        "verify": "off",
+        "on_nonfinite": "skip",
+    }
+    values |= {"recompute": "full", "export": "false", "cpu_offload": "true", "lr": "0.5", "beta1": "0.5"}
+    values |= dict.fromkeys(("cp", "tp", "pp", "ep", "beta2", "weight_decay"), "1") | {"beta2": "0.25"}
+    value = values.get(name, "3")
+    flag = "--" + name.replace("_", "-")
+    if value in ("true", "false"):
+        line = [flag if value == "true" else flag.replace("--", "--no-")]
+    else:
+        line = [flag, value]
+    text = (
+        "".join(f"{key}: x\n" for key in ("shards", "model", "out") if key != name)
+        + f"{name.replace('_', '-')}: {value}\n"
+    )
+    others = [part for key in ("shards", "model", "out") if key != name for part in (f"--{key}", "x")]
+    from_file, from_line = parse(["--config", write(tmp_path, text)]), parse([*others, *line])
+    assert from_file == from_line
+    assert flatten(from_line)[name] != flatten(Config())[name] or value == "1"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--shards is missing"),
+        ([*NEEDED, "--batch-pack", "3"], "unrecognized arguments: --batch-pack"),
+        ([*NEEDED, "--batch-packs", "0"], "--batch-packs must be greater than 0, not 0"),
+        ([*NEEDED, "--batch-packs", "2.5"], "--batch-packs takes one int, not '2.5'"),
+        ([*NEEDED, "--lr", "fast"], "--lr takes one float"),
+        ([*NEEDED, "--lr", "nan"], "--lr must be greater than 0"),
+        ([*NEEDED, "--warmup-steps", "-1"], "--warmup-steps must not be negative"),
+        ([*NEEDED, "--beta2", "1"], "must be below 1"),
+        ([*NEEDED, "--dtype", "float16"], "--dtype must be one of float32, bfloat16, not 'float16'"),
+        ([*NEEDED, "--dp-shard", "0"], "--dp-shard must be at least 1"),
+        ([*NEEDED, "--config", "/no/such.yaml"], "cannot be read: No such file"),
+    ],
+)
+def test_wrong_flags_get_one_sentence(argv, message):
+    with pytest.raises(ValueError, match=r".") as error:
+        parse(argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_pakcs: 3\n", "there is no flag batch_pakcs; did you mean batch-packs?"),
+        ("a: [1\n", "line 2 is not YAML"),
+        ("- a\n", "must hold `flag: value` lines, not a list"),
+        ("batch-packs: true\n", "--batch-packs takes one int, not 'true'"),
+        ("batch-packs: 2.5\n", "--batch-packs takes one int, not '2.5'"),
+        ("eval-shards: [a, b]\n", "--eval-shards takes one str"),
+        ("export: 1\n", "--export must be true or false, not '1'"),
+        ("eval-shards:\n", "--eval-shards takes one str, not ''"),
+    ],
+)
+def test_a_wrong_file_gets_one_sentence(text, message, tmp_path):
+    with pytest.raises(ValueError, match=r".") as error:
+        parse([*NEEDED, "--config", write(tmp_path, text)])
+    assert message in str(error.value)
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse(["--help"])
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in shown for name in leaves())
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: row.name)
+def test_the_table_refuses_and_allows_what_it_says(row):
+    argv = [
+        *NEEDED,
+        *(part for name, value in row.example.items() for part in (f"--{name.replace('_', '-')}", str(value))),
+    ]
+    if row.refused is None:
+        assert flatten(parse(argv)).items() >= row.example.items()
+        assert (ROOT / row.note).is_file(), "a supported row names the test that proves it"
+    else:
+        with pytest.raises(ValueError, match=r".") as error:
+            parse(argv)
+        assert str(error.value) == row.note.format(**row.example)
+    assert row.name in matrix()
+
+
+def test_the_defaults_are_supported():
+    check(parse(NEEDED))

@@ -1,0 +1,184 @@
+"""The loader: what a row holds against a document-by-document construction, and who trains which pack."""
+
+import numpy as np
+import pytest
+import torch
+
+from formats.dataset import PackedDataset
+from formats.order import EMPTY
+from make_shards import make_shards, random_packs
+from train.data import TAIL_SEGMENT, PackedLoader, Schedule, open_shards
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=[1, 4])
+def shards(request, tmp_path_factory):
+    rows = random_packs(np.random.default_rng(3), 11, 400, request.param, 50)
+    folder = make_shards(tmp_path_factory.mktemp("data") / "s", rows, capacity=400, align=request.param, pad_id=7)
+    return folder
+
+
+def schedule(dataset, batch_packs=4, micro_packs=2, seed=5):
+    return Schedule(len(dataset), "shuffle", 0, seed, batch_packs, micro_packs)
+
+
+def expected_row(dataset, packs):
+    """The row of `packs`, made one token at a time from the contract: ids, labels, positions, segment lengths."""
+    capacity, pad = dataset.manifest.capacity, dataset.manifest.pad_id
+    ids, labels, positions, segments = [], [], [], []
+    for number in packs:
+        used = 0
+        if number != EMPTY:
+            pack, start = dataset[number], 0
+            for real, slot in zip(pack.seq_lens.tolist(), pack.seq_lens_padded.tolist(), strict=True):
+                for i in range(slot):
+                    ids.append(int(pack.input_ids[start + i]))
+                    positions.append(i)
+                    trained = i + 1 < real and pack.loss_mask[start + i + 1]
+                    labels.append(int(pack.input_ids[start + i + 1]) if trained else -100)
+                segments.append(slot)
+                start += slot
+            used = start
+        left = capacity - used
+        while left:
+            piece = min(left, TAIL_SEGMENT)
+            ids += [pad] * piece
+            labels += [-100] * piece
+            positions += range(piece)
+            segments.append(piece)
+            left -= piece
+    return ids, labels, positions, segments
+
+
+@pytest.mark.parametrize(("dp_rank", "dp_size"), [(0, 1), (0, 3), (2, 3)])
+def test_rows_equal_the_documents_one_token_at_a_time(shards, dp_rank, dp_size):
+    dataset = open_shards(shards)
+    plan = schedule(dataset)
+    loader = PackedLoader(dataset, plan, dp_rank=dp_rank, dp_size=dp_size, device=CPU)
+    shapes = set()
+    for consumed in (0, 4, 8, 11, 15, 19, 22):
+        facts = loader.next_step()
+        epoch, start = divmod(consumed, 11)
+        order = plan.epoch_order(epoch)
+        mine = plan.rank_packs(start, min(start + 4, 11), order, dp_rank, dp_size)
+        for row, packs in zip(loader.rows(), mine, strict=True):
+            ids, labels, positions, segments = expected_row(dataset, packs.tolist())
+            assert row.input_ids.tolist() == ids
+            assert row.labels.tolist() == labels
+            assert row.position_ids.tolist() == positions
+            ends = np.cumsum([0, *segments]).tolist()
+            cu_seqlens = row.segments.cu_seqlens.tolist()
+            assert cu_seqlens == ends + [len(ids)] * (len(cu_seqlens) - len(ends))
+            assert row.segments.max_seqlen >= max(segments)
+            shapes.add((row.input_ids.shape, row.segments.cu_seqlens.shape))
+        whole = order[start : start + 4]
+        assert facts.epoch == epoch
+        assert facts.consumed == epoch * 11 + min(start + 4, 11)
+        assert facts.tokens == sum(int(dataset[i].seq_lens.sum()) for i in whole)
+        assert facts.target_tokens == sum(int(dataset[i].loss_mask.sum()) for i in whole)
+        assert facts.sum_sq == sum(int((dataset[i].seq_lens.astype(np.int64) ** 2).sum()) for i in whole)
+        positions = mine.size * dp_size * 400
+        assert facts.padding_fraction == pytest.approx(1 - facts.tokens / positions)
+    assert len(shapes) == 1, "shapes must never change"
+    loader.close()
+
+
+def test_a_loader_that_starts_later_continues_exactly(shards):
+    dataset = open_shards(shards)
+
+    def rows(consumed, steps):
+        loader = PackedLoader(dataset, schedule(dataset), dp_rank=1, dp_size=2, device=CPU, consumed=consumed)
+        seen = []
+        for _ in range(steps):
+            loader.next_step()
+            seen += [row.input_ids.clone() for row in loader.rows()]
+        loader.close()
+        return seen
+
+    straight, resumed = rows(0, 6), rows(11, 3)
+    assert all(torch.equal(a, b) for a, b in zip(straight[3:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("micro_packs", [1, 2, 3])
+@pytest.mark.parametrize("dp_size", range(1, 9))
+@pytest.mark.parametrize(("num_packs", "order", "block"), [(1, "input", 0), (23, "shuffle", 0), (24, "cost", 5)])
+def test_an_epoch_trains_each_pack_exactly_once_on_any_number_of_ranks(num_packs, order, block, dp_size, micro_packs):
+    plan = Schedule(num_packs, order, block, 9, 6, micro_packs)
+    for epoch in range(2):
+        ids = plan.epoch_order(epoch)
+        seen, per_step = [], []
+        for start in range(0, num_packs, 6):
+            stop = min(start + 6, num_packs)
+            dealt = [plan.rank_packs(start, stop, ids, rank, dp_size) for rank in range(dp_size)]
+            assert len({d.shape for d in dealt}) == 1, "every rank runs equally many rows"
+            packs = np.concatenate([d.ravel() for d in dealt])
+            per_step.append(sorted(packs[packs != EMPTY].tolist()))
+            seen += per_step[-1]
+        assert sorted(seen) == list(range(num_packs))
+        assert per_step == [sorted(ids[s : s + 6].tolist()) for s in range(0, num_packs, 6)], (
+            "steps do not depend on ranks"
+        )
+
+
+def test_a_damaged_pack_stops_before_it_is_trained(tmp_path):
+    rows = random_packs(np.random.default_rng(1), 4, 300, 1, 50)
+    folder = make_shards(tmp_path / "s", rows, capacity=300, order="input")
+    shard = folder / "shards" / "00000.arrow"
+    data = bytearray(shard.read_bytes())
+    at = data.find(rows[2][0].tobytes())
+    data[at + 8] ^= 1
+    shard.write_bytes(bytes(data))
+
+    dataset = open_shards(folder)
+    loader = PackedLoader(dataset, Schedule(4, "input", 0, 0, 1, 1), dp_rank=0, dp_size=1, device=CPU)
+    for _ in range(2):
+        loader.next_step()
+        assert len(list(loader.rows())) == 1
+    loader.next_step()
+    with pytest.raises(ValueError, match=r"00000.arrow: row 2 \(pack 2\) is damaged"):
+        list(loader.rows())
+    loader.close()
+
+    trusting = PackedLoader(dataset, Schedule(4, "input", 0, 0, 4, 1), dp_rank=0, dp_size=1, device=CPU, verify=False)
+    trusting.next_step()
+    assert len(list(trusting.rows())) == 4
+    trusting.close()
+
+
+def test_the_buffers_are_owned_and_the_map_stays_as_it_is(shards):
+    dataset = open_shards(shards)
+    loader = PackedLoader(dataset, schedule(dataset), dp_rank=0, dp_size=1, device=CPU)
+    loader.next_step()
+    for row in loader.rows():
+        row.input_ids.fill_(-1)
+        row.labels.fill_(-1)
+    for i in range(len(dataset)):
+        dataset.check(i)
+    loader.close()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_closing_ends_the_thread_wherever_it_stands(shards, taken):
+    dataset = PackedDataset(shards)
+    loader = PackedLoader(dataset, schedule(dataset), dp_rank=0, dp_size=1, device=CPU)
+    loader.next_step()
+    rows = loader.rows()
+    for _ in range(taken):
+        next(rows)
+    loader.close()
+    assert not loader._thread.is_alive()
+
+
+def test_sequence_id_shards_are_refused_naming_the_conversion(tmp_path):
+    rows = random_packs(np.random.default_rng(1), 2, 64, 1, 50)
+    with pytest.raises(ValueError, match="prep convert"):
+        open_shards(make_shards(tmp_path / "s", rows, capacity=64, kind="seqid"))
+
+
+def test_a_model_with_too_few_embeddings_is_refused(tmp_path):
+    rows = random_packs(np.random.default_rng(1), 2, 64, 1, 50)
+    folder = make_shards(tmp_path / "s", rows, capacity=64, vocab_size=60)
+    with pytest.raises(ValueError, match=r"the model has 59 token embeddings, but .* a vocabulary of 60"):
+        open_shards(folder, 59)
+    assert len(open_shards(folder, 60)) == 2
