@@ -22,30 +22,45 @@ MOST_LEVELS = 1 << 20
 START, BINS, ROOM, DOCS, NEXT = range(5)
 
 
-def bfd(h: Histogram, max_docs: int) -> Plan:
-    """The plan of best-fit decreasing; `max_docs`: most documents in a bin."""
+NONE_OPEN = np.empty(0, np.int32)
+
+
+def bfd(h: Histogram, max_docs: int, room: np.ndarray = NONE_OPEN, held: np.ndarray = NONE_OPEN) -> Plan:
+    """The plan of best-fit decreasing; `max_docs`: most documents in a bin.
+
+    room, held: int32[B], what bins 0 … B − 1 that are already open have left and how many documents they hold.
+    """
     shift = max(0, h.capacity.bit_length() - MOST_LEVELS.bit_length() + 1)
     levels = (h.capacity >> shift) + 1
     size_room = 4 * h.sizes.size + 64
     while True:
         ptr = np.empty(h.sizes.size + 1, np.int64)
         start, bins, per_bin = np.empty((3, size_room), np.int32)
-        used, num_bins = _best_fit(h.sizes, h.counts, h.capacity, max_docs, shift, levels, ptr, start, bins, per_bin)
+        used, num_bins = _best_fit(
+            h.sizes, h.counts, h.capacity, max_docs, room, held, shift, levels, ptr, start, bins, per_bin
+        )
         if used >= 0:
             return Plan(ptr, start[:used], bins[:used], per_bin[:used], num_bins)
         size_room *= 4
 
 
 @njit(cache=True, nogil=True)
-def _best_fit(sizes, counts, capacity, max_docs, shift, levels, ptr, start, bins, per_bin):
+def _best_fit(sizes, counts, capacity, max_docs, room, held, shift, levels, ptr, start, bins, per_bin):
     """Returns (placements used, bins), or (−1, −1) when the placement arrays are too small."""
-    groups = np.empty((3 * sizes.size + 2, 5), np.int32)
+    groups = np.empty((3 * sizes.size + 2 + room.size, 5), np.int32)
     head = np.empty(levels, np.int32)
     occupied = np.zeros((levels >> 6) + 1, np.uint64)
     summary = np.zeros((levels >> 12) + 1, np.uint64)
     smallest = sizes[sizes.size - 1] if sizes.size else 0
-    num_groups = 0
-    num_bins = np.int64(0)
+    num_groups = room.size
+    num_bins = np.int64(room.size)
+    for b in range(room.size):
+        groups[b, START] = b
+        groups[b, BINS] = 1
+        groups[b, ROOM] = room[b]
+        groups[b, DOCS] = held[b]
+        if room[b] >= smallest and held[b] < max_docs:
+            _put(head, occupied, summary, groups, shift, b)
     used = 0
     for i in range(sizes.size):
         size, left = sizes[i], counts[i]

@@ -10,6 +10,7 @@ from prep.packing.bounds import lower_bound
 from prep.packing.ffd import ffd
 from prep.packing.greedy import greedy
 from prep.packing.lengths import Lengths
+from prep.packing.level import level
 from prep.packing.optimal import optimal
 from prep.packing.ordered import ordered
 from prep.packing.placing import assign
@@ -37,6 +38,13 @@ def _bfd(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -
     return _result(lengths, assign(lengths, plan, seed), plan.num_bins, bound, "bfd")
 
 
+def _level(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
+    plan = bfd(lengths.histogram, max_docs)
+    plan = level(lengths.histogram, max_docs, plan.num_bins) or plan
+    bound = lower_bound(lengths.histogram, max_docs)
+    return _result(lengths, assign(lengths, plan, seed), plan.num_bins, bound, "level")
+
+
 def _best(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
     plan, bound = best(lengths.histogram, max_docs)
     return _result(lengths, assign(lengths, plan, seed), plan.num_bins, bound, "best")
@@ -55,6 +63,7 @@ ALGORITHMS: dict[str, Callable[[Lengths, int, int, float | None], Packing]] = {
     "best": _best,
     "optimal": _optimal,
     "ordered": _ordered,
+    "level": _level,
 }
 
 

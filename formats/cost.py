@@ -1,0 +1,106 @@
+"""What a pack costs: floating-point operations from the lengths of its documents.
+
+Equal tokens are not equal work. A linear layer costs the same for every token, attention the square of a document's
+length. For ordering packs a pack's cost is a·capacity + b·Σ sᵢ² (`PackCost`), for MFU the exact count from `seq_lens`
+per kind of layer (`Model`). Everything here is forward; a training step costs three times as much (two more for the
+backward), recomputation not counted, as in Chowdhery et al., "PaLM" (arXiv 2204.02311, appendix B).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+TRAINING = 3
+"""Forward and backward over forward."""
+
+
+@dataclass(frozen=True)
+class PackCost:
+    """a·capacity + b·Σ sᵢ² in FLOPs: `a` per token (padding is computed too), `b` per squared token of a document."""
+
+    a: float
+    b: float
+
+    def of(self, capacity: int, sum_sq: np.ndarray) -> np.ndarray:
+        """float64[P] from sum_sq int[P], the Σ sᵢ² of each pack."""
+        return self.a * capacity + self.b * np.asarray(sum_sq, np.float64)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of a decoder, as far as its FLOPs need it.
+
+    linear: FLOPs per token of every matrix product outside the attention core, output head included. pair: FLOPs per
+    (query, key) pair of one layer, all heads: QKᵀ and PV. windows: one entry per layer, 0 for full causal attention,
+    else the number of keys that a query sees at most.
+    """
+
+    linear: float
+    pair: float
+    windows: tuple[int, ...]
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> "Model":
+        """From a Hugging Face `config.json` of a decoder: dense or mixture of experts, with or without windows.
+
+        Raises ValueError naming the field that is missing.
+        """
+        text = config.get("text_config", config)
+        hidden, layers = _field(text, "hidden_size"), _field(text, "num_hidden_layers")
+        heads = _field(text, "num_attention_heads")
+        kv_heads = text.get("num_key_value_heads") or heads
+        head_dim = text.get("head_dim") or hidden // heads
+        projections = 2 * hidden * head_dim * (2 * heads + 2 * kv_heads)
+        linear = sum(projections + _feed_forward(text, layer) for layer in range(layers))
+        linear += 2 * hidden * _field(text, "vocab_size")
+        return cls(float(linear), float(4 * heads * head_dim), _windows(text, layers))
+
+    def flops(self, seq_lens: np.ndarray, tokens: int | None = None) -> float:
+        """Forward FLOPs of documents of `seq_lens` int[n]; `tokens`: rows computed, padding included (Σ if None)."""
+        s = np.asarray(seq_lens, np.int64)
+        rows = int(s.sum()) if tokens is None else tokens
+        pairs = sum(self.windows.count(w) * int(causal_pairs(s, w).sum()) for w in set(self.windows))
+        return self.linear * rows + self.pair * pairs
+
+    def pack_cost(self) -> PackCost:
+        """The coefficients for ordering: full layers pay s²/2 pairs, windowed ones nearly their window per token."""
+        full = self.windows.count(0)
+        return PackCost(self.linear + self.pair * sum(self.windows), self.pair * full / 2)
+
+
+def causal_pairs(seq_lens: np.ndarray, window: int = 0) -> np.ndarray:
+    """int64[n]: (query, key) pairs of causal attention in each document; `window` > 0 limits the keys of a query."""
+    s = np.asarray(seq_lens, np.int64)
+    if window == 0:
+        return s * (s + 1) // 2
+    inside = np.minimum(s, window)
+    return inside * (inside + 1) // 2 + (s - inside) * window
+
+
+def _feed_forward(config: Mapping, layer: int) -> int:
+    """FLOPs per token of one layer's MLP (gate, up, down) or of the experts that a token visits."""
+    hidden = config["hidden_size"]
+    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
+    if experts and layer >= config.get("first_k_dense_replace", 0) and layer not in config.get("mlp_only_layers", ()):
+        width = config.get("moe_intermediate_size") or _field(config, "intermediate_size")
+        shared = (config.get("n_shared_experts") or 0) * width + (config.get("shared_expert_intermediate_size") or 0)
+        return 6 * hidden * (_field(config, "num_experts_per_tok") * width + shared) + 2 * hidden * experts
+    return 6 * hidden * _field(config, "intermediate_size")
+
+
+def _windows(config: Mapping, layers: int) -> tuple[int, ...]:
+    window = config.get("sliding_window") or 0
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    if not window or config.get("use_sliding_window") is False:
+        return (0,) * layers
+    return (window,) * layers
+
+
+def _field(config: Mapping, name: str) -> int:
+    value = config.get(name)
+    if value is None:
+        raise ValueError(f"the model's config has no {name!r}, which its cost needs: give coefficients instead.")
+    return int(value)
