@@ -23,7 +23,7 @@ def init_weights(model: Decoder, seed: int) -> None:
         elif name.endswith(".bias"):
             parameter.zero_()
         else:
-            generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}") >> 1)
+            generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) >> 1)
             values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
             if isinstance(parameter, DTensor):
                 # every rank drew the same numbers: take the own share, send nothing

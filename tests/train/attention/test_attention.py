@@ -1,0 +1,158 @@
+"""Varlen attention against a plain one in float64: every kernel, isolation, choice and refusal."""
+
+import pytest
+import torch
+from reference import distance
+
+from train.attention.choose import BACKENDS, choose_backend, varlen_attention
+from train.attention.interface import Segments
+
+LENGTHS = [1, 13, 1100, 2, 40]
+FEATURES = [(None, None), (5, None), (600, None), (None, 3.0), (7, 2.0)]
+
+
+def heads(lengths, query_heads=6, kv_heads=2, head_dim=16, dtype=torch.float64, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(sum(lengths), count, head_dim, generator=generator, dtype=torch.float64)
+        .to(device, dtype)
+        .requires_grad_()
+        for count in (query_heads, kv_heads, kv_heads)
+    ]
+
+
+def plain(q, k, v, lengths_q, lengths_k, scale, window, softcap):
+    """Document by document with a full matrix of scores; bottom-right causal. Returns out and lse."""
+    outs, lses, group = [], [], q.shape[1] // k.shape[1]
+    documents = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    for q_doc, k_doc, v_doc in documents:
+        k_doc, v_doc = k_doc.repeat_interleave(group, 1), v_doc.repeat_interleave(group, 1)
+        scores = torch.einsum("tnh,unh->ntu", q_doc, k_doc) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        rows, columns = scores.shape[1:]
+        distance_back = torch.arange(rows)[:, None] + (columns - rows) - torch.arange(columns)
+        hidden = (distance_back < 0) | (distance_back >= (window or columns + 1))
+        scores = scores.masked_fill(hidden.to(scores.device), -torch.inf)
+        outs.append(torch.einsum("ntu,unh->tnh", scores.softmax(-1), v_doc))
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+@pytest.mark.parametrize(("window", "softcap"), FEATURES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_cpu_equals_plain(window, softcap, dtype, bound):
+    inputs = heads(LENGTHS, dtype=dtype)
+    segments = Segments.of(LENGTHS)
+    out = varlen_attention(*inputs, segments, backend="cpu", scale=0.3, window=window, softcap=softcap)
+    reference_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    reference, _ = plain(*reference_inputs, LENGTHS, LENGTHS, 0.3, window, softcap)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert distance(out, reference) <= bound
+    grads = torch.autograd.grad(out, inputs, upstream.to(dtype))
+    expected = torch.autograd.grad(reference, reference_inputs, upstream)
+    assert all(distance(a, b) <= bound for a, b in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize(("window", "softcap"), FEATURES)
+def test_cpu_with_more_keys_than_queries(window, softcap):
+    """The last queries of each document against all its keys, as one rank of context parallelism has them."""
+    lengths_q, lengths_k = [3, 1, 520, 4], [10, 1, 530, 4]
+    q, _, _ = heads(lengths_q)
+    _, k, v = heads(lengths_k, seed=1)
+    ends_q, ends_k = Segments.of(lengths_q).cu_seqlens, Segments.of(lengths_k).cu_seqlens
+    out, lse = BACKENDS["cpu"].op(q, k, v, ends_q, ends_k, 520, 530, 0.3, window, softcap)
+    reference, reference_lse = plain(q, k, v, lengths_q, lengths_k, 0.3, window, softcap)
+    assert distance(out, reference) <= 1e-13
+    assert distance(lse, reference_lse) <= 1e-13
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(out, (q, k, v), upstream)
+    expected = torch.autograd.grad(reference, (q, k, v), upstream)
+    assert all(distance(a, b) <= 1e-13 for a, b in zip(grads, expected, strict=True))
+
+
+def test_cpu_query_without_visible_key_is_zero():
+    """More queries than keys: the first see nothing; their row is 0, their log-sum-exp −inf, no gradient is nan."""
+    q, _, _ = heads([5])
+    _, k, v = heads([3], seed=1)
+    ends_q, ends_k = Segments.of([5]).cu_seqlens, Segments.of([3]).cu_seqlens
+    out, lse = BACKENDS["cpu"].op(q, k, v, ends_q, ends_k, 5, 3, 0.3, None, None)
+    assert not out[:2].any()
+    assert (lse[:, :2] == -torch.inf).all()
+    assert distance(out[2:], plain(q[2:], k, v, [3], [3], 0.3, None, None)[0]) <= 1e-13
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][:2].any()
+
+
+@pytest.mark.parametrize(("window", "softcap"), FEATURES)
+def test_no_token_reaches_another_document(window, softcap):
+    q, k, v = heads(LENGTHS)
+    own = slice(1 + 13, 1 + 13 + 1100)
+    segments = Segments.of(LENGTHS)
+    options = {"backend": "cpu", "scale": 0.3, "window": window, "softcap": softcap}
+    before = varlen_attention(q, k, v, segments, **options)
+    outside = torch.ones(sum(LENGTHS), 1, 1)
+    outside[own] = 0
+    grads = torch.autograd.grad((before * outside).square().sum(), (q, k, v))
+    assert not any(grad[own].any() for grad in grads)
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[own.start + 500] += 1
+        after = varlen_attention(q, k, v, segments, **options)
+    moved = (before != after).flatten(1).any(1)
+    assert moved[own][500:505].all()
+    moved[own] = False
+    assert not moved.any()
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, 2.0)])
+def test_operator_is_well_formed(window, softcap):
+    """Schema, fake tensors, autograd registration and tracing, by torch's own checks."""
+    q, k, v = heads([3, 9], dtype=torch.float32)
+    ends = torch.tensor([0, 3, 12, 12], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.meshpack.attention_cpu, (q, k, v, ends, ends, 9, 9, 0.3, window, softcap))
+
+
+def test_auto_takes_what_can_serve():
+    assert choose_backend("auto", "cpu", torch.float64, 64).name == "cpu"
+    assert choose_backend("auto", "cuda", torch.bfloat16, 64).name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sdpa", "cpu", torch.float32, 64), "cannot keep packed documents apart: use cpu"),
+        (("magic", "cpu", torch.float32, 64), "Unknown attention backend 'magic': choose auto, torch, cpu"),
+        (("torch", "cpu", torch.bfloat16, 64), "runs on cuda, not on cpu; use cpu"),
+        (("torch", "cuda", torch.float32, 64), "computes in bfloat16, float16, not in float32"),
+        (("cpu", "cuda", torch.bfloat16, 64), "runs on cpu, not on cuda; use torch"),
+        (("torch", "cuda", torch.bfloat16, 512), "at most 256 dimensions, this model's have 512"),
+        (("auto", "cuda", torch.float32, 64), "No attention backend can serve this model on cuda"),
+    ],
+)
+def test_refusals_say_why_and_what_instead(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        choose_backend(*arguments)
+
+
+def test_softcap_is_refused_where_the_kernel_has_none():
+    with pytest.raises(ValueError, match="no softcap"):
+        choose_backend("torch", "cuda", torch.bfloat16, 64, softcap=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED: no CUDA device")
+@pytest.mark.parametrize("window", [None, 5, 600])
+def test_torch_varlen_equals_plain(window):
+    inputs = heads(LENGTHS, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    segments = Segments.of(LENGTHS, "cuda")
+    out = varlen_attention(*inputs, segments, backend="torch", scale=0.125, window=window)
+    reference_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    reference, _ = plain(*reference_inputs, LENGTHS, LENGTHS, 0.125, window, None)
+    assert distance(out, reference) <= 1e-2
+    grads = torch.autograd.grad(out.sum(), inputs)  # an expanded gradient, on purpose
+    expected = torch.autograd.grad(reference.sum(), reference_inputs)
+    assert all(distance(a, b) <= 2e-2 for a, b in zip(grads, expected, strict=True))
