@@ -11,6 +11,7 @@ Every file is written under a temporary name and renamed.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,9 +163,10 @@ def write_store(store: Path, plan: dict, results: Sequence[UnitResult], ledger: 
 
 
 class DocumentStore:
-    """A finished store, memory-mapped.
+    """A finished store, memory-mapped. Opening maps the units and reads nothing of them.
 
-    lengths int32[N] (tokens), target_tokens int32[N], doc_hashes uint64[N] (xxh3-64 of ids and mask).
+    `batches`: (ids int32, mask uint8, offsets int32[n+1]) of every record batch in order, views over the maps;
+    `starts` int64[B+1]: document i is row i − starts[b] of batch b.
     """
 
     def __init__(self, path: Path, content: dict):
@@ -175,22 +177,32 @@ class DocumentStore:
         values["inputs"] = tuple(content["inputs"])
         self.info = StoreInfo(**values)
         self.ledger = Ledger.from_json(content["ledger"])
-        # A document is row `i - starts[b]` of batch b.
-        self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        starts, lengths, hashes, targets = [0], [np.empty(0, np.int32)], [np.empty(0, np.uint64)], []
+        self.batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._hashes: list[np.ndarray] = []
+        starts = [0]
         for index, unit in enumerate(content["units"]):
             for batch in _read_unit(unit_path(path, index), unit):
                 ids, mask, doc_hash = batch.columns
-                offsets = ids.offsets.to_numpy()
-                self._batches.append((ids.values.to_numpy(), mask.values.to_numpy(), offsets))
+                self.batches.append((ids.values.to_numpy(), mask.values.to_numpy(), ids.offsets.to_numpy()))
+                self._hashes.append(doc_hash.to_numpy())
                 starts.append(starts[-1] + batch.num_rows)
-                lengths.append(np.diff(offsets))
-                hashes.append(doc_hash.to_numpy())
-                targets.append(np.add.reduceat(self._batches[-1][1], offsets[:-1], dtype=np.int32))
-        self._starts = np.array(starts, np.int64)
-        self.lengths = np.concatenate(lengths)
-        self.doc_hashes = np.concatenate(hashes)
-        self.target_tokens = np.concatenate([np.empty(0, np.int32), *targets])
+        self.starts = np.array(starts, np.int64)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32[N]: tokens of every document."""
+        return np.concatenate([np.empty(0, np.int32), *(np.diff(offsets) for _, _, offsets in self.batches)])
+
+    @cached_property
+    def doc_hashes(self) -> np.ndarray:
+        """uint64[N]: xxh3-64 of every document's ids and mask."""
+        return np.concatenate([np.empty(0, np.uint64), *self._hashes])
+
+    @cached_property
+    def target_tokens(self) -> np.ndarray:
+        """int32[N]: target tokens of every document (reads all masks)."""
+        counts = (np.add.reduceat(mask, offsets[:-1], dtype=np.int32) for _, mask, offsets in self.batches)
+        return np.concatenate([np.empty(0, np.int32), *counts])
 
     @classmethod
     def open(cls, path: str | Path) -> "DocumentStore":
@@ -209,13 +221,13 @@ class DocumentStore:
         return cls(path, content)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return int(self.starts[-1])
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids int32[L], loss_mask uint8[L]) of a document: read-only views over the map."""
-        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
-        ids, mask, offsets = self._batches[batch]
-        row = index - self._starts[batch]
+        batch = int(np.searchsorted(self.starts, index, side="right")) - 1
+        ids, mask, offsets = self.batches[batch]
+        row = index - self.starts[batch]
         start, stop = offsets[row], offsets[row + 1]
         return ids[start:stop], mask[start:stop]
 
