@@ -1,92 +1,263 @@
-"""A record as a file gives it → a document as text with the spans to train on."""
+"""A record as a file gives it → a document: text with the spans to train on, or token ids that are there already.
+
+Kinds, by the fields a record has (the first that fits):
+
+    input_ids                 token ids; with labels (-100 is not trained) or loss_mask, else all is trained
+    chosen, rejected          preference pairs: refused
+    messages | conversations  a chat: role and content, or ShareGPT's from and value
+    instruction, output       alpaca: a chat of one turn
+    segments | input_output   template-free: [{text, train}] as it stands; control tokens in it are control tokens
+    prompt, completion        two texts, or two lists of messages
+    text                      a text
+"""
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from prep.encode.masks import MaskPolicy, Rendering, TurnMarks, probe_turns, render_chat
-from prep.encode.templates import ChatTemplate
+import numpy as np
+import orjson
+
+from prep.encode.chats import ChatRenderer
+from prep.encode.masks import Rendering
+from prep.encode.options import MaskPolicy
 from prep.encode.tokenizer import TokenizerFolder
 
 _ROLE = re.compile(r"[\w. -]{1,64}")
+_SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+KNOWN = "input_ids; messages or conversations; instruction and output; segments; prompt and completion; text"
+
+
+@dataclass(slots=True)
+class Tokens:
+    """A document that came as token ids: ids int32[L], mask uint8[L]; `removed` tokens were padding."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    removed: int = 0
 
 
 class RecordReader:
-    """Turns records into renderings; one per process.
+    """Turns records into documents; one per source and process.
 
     Args:
-        folder: the tokenizer folder (special tokens, control tokens).
-        template: its chat template, or None; then `messages` are refused.
+        folder: the tokenizer folder.
+        chats: renders chats, or None where the tokenizer has no chat template; then chats are refused.
         policy: what is trained.
+        columns: our field → the record's.
+        allow_special: control tokens inside texts count as control tokens.
     """
 
-    def __init__(self, folder: TokenizerFolder, template: ChatTemplate | None, policy: MaskPolicy):
+    def __init__(
+        self,
+        folder: TokenizerFolder,
+        chats: ChatRenderer | None,
+        policy: MaskPolicy,
+        columns: Mapping[str, str] | None = None,
+        allow_special: bool = False,
+    ):
         self._folder = folder
-        self._template = template
+        self._chats = chats
         self._policy = policy
-        self._turns: TurnMarks | None = None
+        self._columns = dict(columns or {})
+        self._allow_special = allow_special
 
-    def read(self, record: object) -> Rendering:
+    def read(self, record: object) -> Rendering | Tokens:
         """One record.
 
         Raises:
             ValueError: not a record of a known kind, or one that cannot be rendered; the message says why.
         """
-        if not isinstance(record, dict):
-            raise ValueError(f"a record is an object with named fields, not {_kind(record)}")
-        if record.get("messages") is not None:
-            return self._chat(record["messages"], record.get("tools"))
-        if record.get("completion") is not None or record.get("prompt") is not None:
+        if type(record) is not dict:
+            raise ValueError(f"a record is an object with named fields, not {kind_of(record)}")
+        if self._columns:
+            record = self._mapped(record)
+        get = record.get
+        if get("input_ids") is not None:
+            return self._tokens(record)
+        if get("chosen") is not None and get("rejected") is not None:
+            raise ValueError("a preference pair (chosen, rejected) is no training example for this program yet")
+        if get("messages") is not None:
+            return self._chat(get("messages"), get("tools"))
+        if get("conversations") is not None:
+            return self._chat(_from_sharegpt(get("conversations"), get("system")), get("tools"))
+        if get("instruction") is not None:
+            return self._alpaca(record)
+        segments = get("segments") if get("segments") is not None else get("input_output")
+        if segments is not None:
+            return self._segments(segments)
+        if get("completion") is not None or get("prompt") is not None:
             return self._prompt(record)
-        if record.get("text") is not None:
-            return self._text(record["text"])
-        fields = ", ".join(sorted(map(str, record))) or "none"
-        raise ValueError(f"no known field (messages, prompt and completion, or text); the record has: {fields}")
+        if get("text") is not None:
+            return self._text(get("text"))
+        fields = ", ".join(sorted(str(k) for k, v in record.items() if v is not None)) or "none"
+        raise ValueError(f"no known field ({KNOWN}); the record has: {fields}")
 
-    def _chat(self, messages, tools) -> Rendering:
-        if self._template is None:
+    def _mapped(self, record: dict) -> dict:
+        missing = [name for name in self._columns.values() if name not in record]
+        if missing:
+            fields = ", ".join(sorted(map(str, record))) or "none"
+            raise ValueError(f"column {missing[0]}, which --column names, is missing; the record has: {fields}")
+        taken = set(self._columns.values())
+        mapped = {name: value for name, value in record.items() if name not in taken}
+        return mapped | {ours: record[theirs] for ours, theirs in self._columns.items()}
+
+    def _chat(self, messages, tools=None, train_from: int = 0) -> Rendering:
+        if self._chats is None:
             raise ValueError(
-                f"the record has messages, but {self._folder.path.name} holds no chat template; "
-                "add chat_template.jinja to the tokenizer folder"
+                f"the record is a chat, but {self._folder.path.name} holds no chat template; "
+                "add chat_template.jinja to it or give --chat-template"
             )
-        if not isinstance(messages, list) or not messages:
+        messages = _parsed(messages, "messages")
+        if type(messages) is not list or not messages:
             raise ValueError("messages must be a list with at least one message")
         for number, message in enumerate(messages, 1):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            if type(message) is not dict or type(message.get("role")) is not str:
                 raise ValueError(f"message {number} must be an object with role and content")
             if not _ROLE.fullmatch(message["role"]):
                 raise ValueError(f"message {number} has role {message['role'][:80]!r}, which is not a name")
-            if not isinstance(message.get("content"), (str, list, type(None))):
-                raise ValueError(f"content of message {number} must be text or a list, not {_kind(message['content'])}")
-        control = self._folder.control_pattern
-        if self._turns is None:
-            self._turns = probe_turns(self._template, control)
-        return render_chat(self._template, self._turns, control, messages, tools, self._policy)
+            if type(message.get("content")) not in (str, list, type(None)):
+                raise ValueError(
+                    f"content of message {number} must be text or a list, not {kind_of(message['content'])}"
+                )
+            if message.get("weight") not in (None, 0, 1):
+                raise ValueError(f"message {number} has weight {message['weight']}; only 0 and 1 are possible")
+        if train_from:
+            messages = [{**m, "train": False} for m in messages[:train_from]] + messages[train_from:]
+        tools = _parsed(tools, "tools") or None
+        return self._chats.render(messages, tools, guard=not self._allow_special)
+
+    def _alpaca(self, record: Mapping) -> Rendering:
+        instruction, given, output = record["instruction"], record.get("input") or "", record.get("output")
+        if not (isinstance(instruction, str) and isinstance(given, str) and isinstance(output, str)):
+            raise ValueError("instruction, input and output must be text, and instruction and output must be there")
+        if self._chats is None:
+            above = "Below is an instruction that describes a task"
+            if given:
+                head = f"{above}, paired with an input that provides further context. "
+                body = f"### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:\n"
+            else:
+                head, body = f"{above}. ", f"### Instruction:\n{instruction}\n\n### Response:\n"
+            prompt = f"{head}Write a response that appropriately completes the request.\n\n{body}"
+            return self._pair(prompt, output)
+        messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+        question = f"{instruction}\n\n{given}" if given else instruction
+        return self._chat([*messages, {"role": "user", "content": question}, {"role": "assistant", "content": output}])
+
+    def _segments(self, segments) -> Rendering:
+        segments = _parsed(segments, "segments")
+        if type(segments) is not list:
+            raise ValueError("segments must be a list of objects with text and train")
+        pieces, spans, length = [], [], 0
+        for number, segment in enumerate(segments, 1):
+            flag = segment.get("train", segment.get("label")) if isinstance(segment, dict) else None
+            if not isinstance(flag, (bool, int)) or not isinstance(segment.get("text"), str):
+                raise ValueError(f"segment {number} must be an object with text and train (true or false)")
+            pieces.append(segment["text"])
+            if (flag or self._policy.train_on == "all") and segment["text"]:
+                spans.append((length, length + len(segment["text"])))
+            length += len(segment["text"])
+        return Rendering("".join(pieces), spans, controls=None)
 
     def _prompt(self, record: Mapping) -> Rendering:
         prompt, completion = record.get("prompt"), record.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return self._chat([*prompt, *completion], record.get("tools"), train_from=len(prompt))
         if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise ValueError("prompt and completion must both be there and be text")
+            raise ValueError("prompt and completion must both be there, both text or both lists of messages")
+        return self._pair(prompt, completion)
+
+    def _pair(self, prompt: str, completion: str) -> Rendering:
         text = prompt + completion
         start = 0 if self._policy.train_on == "all" else len(prompt)
-        return self._plain(text, ((start, len(text)),))
+        return self._plain(text, start, eos_is_target=self._policy.end_of_turn != "none" and bool(completion))
 
     def _text(self, text) -> Rendering:
         if not isinstance(text, str):
-            raise ValueError(f"text must be text, not {_kind(text)}")
-        return self._plain(text, ((0, len(text)),))
+            reason = "it is not UTF-8" if isinstance(text, bytes) else f"it is {kind_of(text)}"
+            raise ValueError(f"text must be text, but {reason}")
+        return self._plain(text, 0, eos_is_target=True)
 
-    def _plain(self, text: str, spans) -> Rendering:
-        control = self._folder.control_pattern
-        return Rendering(
-            text,
-            tuple(span for span in spans if span[0] < span[1]),
-            injected=control is not None and control.search(text) is not None,
-            add_prefix=True,
-            add_eos=bool(text),
-            eos_is_target=self._policy.end_of_turn != "none",
-        )
+    def _plain(self, text: str, start: int, eos_is_target: bool) -> Rendering:
+        spans = [(start, len(text))] if start < len(text) else []
+        controls = None if self._allow_special else 0
+        return Rendering(text, spans, controls, around=bool(text), eos_is_target=eos_is_target)
+
+    def _tokens(self, record: Mapping) -> Tokens:
+        try:
+            ids = np.asarray(record["input_ids"])
+            if ids.ndim != 1 or not (ids.size == 0 or np.issubdtype(ids.dtype, np.integer)):
+                raise TypeError
+        except (TypeError, ValueError):
+            raise ValueError("input_ids must be a list of whole numbers") from None
+        if ids.size and (ids.min() < 0 or ids.max() >= self._folder.vocab_size):
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
+            raise ValueError(f"input_ids holds {bad}, outside the tokenizer's vocabulary of {self._folder.vocab_size}")
+        if record.get("loss_mask") is not None:
+            mask = self._beside(record, "loss_mask", ids.size) != 0
+        elif record.get("labels") is not None:
+            mask = self._beside(record, "labels", ids.size) != -100
+            wrong = mask & (self._beside(record, "labels", ids.size) != ids)
+            if wrong.any():
+                raise ValueError(
+                    f"labels differ from input_ids at position {int(wrong.argmax())}; give them unshifted, "
+                    "with -100 where nothing is trained"
+                )
+        else:
+            mask = np.ones(ids.size, bool)
+        removed = 0
+        if record.get("attention_mask") is not None:
+            real = self._beside(record, "attention_mask", ids.size) != 0
+            removed = int(ids.size - real.sum())
+            ids, mask = ids[real], mask[real]
+        return Tokens(ids.astype(np.int32), mask.astype(np.uint8), removed)
+
+    @staticmethod
+    def _beside(record: Mapping, name: str, length: int) -> np.ndarray:
+        values = np.asarray(record[name])
+        if values.shape != (length,) or (not np.issubdtype(values.dtype, np.number) and values.dtype != bool):
+            raise ValueError(f"{name} must be a list of {length} numbers, as long as input_ids")
+        return values
 
 
-def _kind(value: object) -> str:
+def _parsed(value, name: str):
+    """CSV and some Parquet files hold lists as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{name} is text that is not JSON ({error})") from None
+
+
+def _from_sharegpt(turns, system) -> list[dict]:
+    turns = _parsed(turns, "conversations")
+    if type(turns) is not list:
+        raise ValueError("conversations must be a list of objects with from and value")
+    messages = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    for number, turn in enumerate(turns, 1):
+        if isinstance(turn, dict) and isinstance(turn.get("role"), str):
+            messages.append(turn)
+        elif isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str):
+            rest = {name: turn[name] for name in ("train", "weight") if name in turn}
+            messages.append({"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"], **rest})
+        else:
+            raise ValueError(f"turn {number} of conversations must be an object with from and value")
+    return messages
+
+
+def kind_of(value: object) -> str:
+    """A value's type in the words of JSON."""
     names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list"}
     return names.get(type(value), "an object")

@@ -2,18 +2,21 @@
 
 import functools
 import importlib.metadata
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import xxhash
 
-from formats.shard import write_json
+from formats.shard import atomic_write, write_json
+from prep.encode.builtin import load_template
 from prep.encode.options import EncodeOptions
-from prep.encode.sources import Unit, cut_units, find_inputs
-from prep.encode.store import STORE_VERSION, DocumentStore, UnitResult, read_store, write_store
+from prep.encode.sources import InputFile, SourceSpec, Unit, as_sources, cut_units, find_inputs
+from prep.encode.store import STORE_VERSION, DocumentStore, UnitResult, read_store, unit_path, write_store
 from prep.encode.tokenizer import TokenizerFolder, read_tokenizer
+from prep.encode.tokens import can_be_fast
 from prep.encode.unit import Job, encode_unit
 from prep.engine.local import run_units
 from prep.ledger import Ledger
@@ -35,7 +38,7 @@ class Progress:
 
 
 def encode(
-    inputs: Sequence[str],
+    inputs: Sequence[str | Path | SourceSpec],
     store_dir: str | Path,
     options: EncodeOptions,
     *,
@@ -49,7 +52,7 @@ def encode(
     A finished store of equal inputs, options and versions is opened as it is.
 
     Args:
-        inputs: files to read.
+        inputs: files, folders, globs, addresses, `hf:name[:config]#split`, or sources with options of their own.
         store_dir: folder of the store; made if missing.
         workers: processes.
         resume: go on where an unfinished store stopped. Without it such a folder is refused.
@@ -60,43 +63,103 @@ def encode(
     """
     store = Path(store_dir)
     folder = read_tokenizer(options.tokenizer)
-    files = find_inputs(inputs)
-    plan = _plan(folder, [file.to_json() for file in files], options)
+    engine = _engine(folder, options)
+    sources = as_sources(inputs)
+    files = find_inputs(sources)
+    plan = _plan(folder, sources, files, options, engine)
     if (finished := read_store(store)) is not None:
         _refuse_difference(store, finished, plan)
         return DocumentStore.open(store)
+    units = cut_units(files, sources, options.unit_bytes)
     _claim(store, plan, resume)
-    units = cut_units(files, options.unit_bytes)
-    job = Job(str(store), options)
-    results = run_units(functools.partial(encode_unit, job), units, workers, _reporter(units, progress))
+    job = Job(str(store), options, tuple(sources), engine)
+    results = run_units(functools.partial(encode_unit, job), units, workers, _reporter(units, options, progress))
     ledger = Ledger()
-    for file in files:
-        ledger.open(file.name)
+    for source in sources:
+        ledger.open(source.name)
     for result in results:
         ledger.merge(Ledger.from_json(result.ledger))
     ledger.check()
+    _check_errors(results, ledger, options)
     if not any(result.rows for result in results):
         dropped = ledger.total()["dropped"]
         reasons = ", ".join(f"{count['documents']} {reason}" for reason, count in sorted(dropped.items()))
         raise ValueError(f"no document is left to store ({reasons or 'the inputs are empty'}); check the inputs")
+    _collect_rejects(store, results)
     write_store(store, plan, results, ledger)
     return DocumentStore.open(store)
 
 
-def _plan(folder: TokenizerFolder, inputs: list[dict], options: EncodeOptions) -> dict:
-    template = folder.chat_template or ""
+def _engine(folder: TokenizerFolder, options: EncodeOptions) -> str:
+    """Which engine encodes: decided once, before any work."""
+    if options.engine == "hf":
+        return "hf"
+    fast = can_be_fast(folder)
+    if options.engine == "fast" and not fast:
+        missing = importlib.util.find_spec("fastokens") is None
+        raise ValueError(
+            "engine fast needs the package fastokens; pip install fastokens or take engine hf"
+            if missing
+            else f"engine fast cannot take the tokenizer {folder.path.name}; take engine hf"
+        )
+    return "fast" if fast else "hf"
+
+
+def _plan(
+    folder: TokenizerFolder,
+    sources: Sequence[SourceSpec],
+    files: Sequence[InputFile],
+    options: EncodeOptions,
+    engine: str,
+) -> dict:
+    templates = [load_template(source.template or options.chat_template, folder) or "" for source in sources]
+    same = len(set(templates)) == 1
+    packages = (*_PACKAGES, "fastokens") if engine == "fast" else _PACKAGES
     return {
         "store_version": STORE_VERSION,
-        "inputs": inputs,
-        "options": options.identity(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "inputs": [file.to_json() for file in files],
+        "input_formats": [[sources[file.source].name, file.format] for file in files],
+        "options": {**options.identity(), "sources": [_source_identity(source) for source in sources]},
+        "engine": engine,
+        "packages": {name: importlib.metadata.version(name) for name in packages},
         "tokenizer_hash": folder.hash,
-        "template_hash": xxhash.xxh3_128(template.encode()).hexdigest(),
+        "template_hash": _hash(templates[0] if same else json.dumps(templates)),
         "vocab_size": folder.vocab_size,
         "pad_id": folder.pad_id,
         "bos_id": folder.bos_id,
         "eos_id": folder.eos_id,
     }
+
+
+def _source_identity(source: SourceSpec) -> dict:
+    value = asdict(source)
+    del value["paths"], value["template"]  # inputs and template are hashed by content
+    value["columns"] = dict(source.columns)
+    return value
+
+
+def _hash(text: str) -> str:
+    return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def _check_errors(results: Sequence[UnitResult], ledger: Ledger, options: EncodeOptions) -> None:
+    rejected = sum(result.rejected for result in results)
+    records = ledger.total()["read"]["documents"]
+    if rejected > options.error_limit(records):
+        raise ValueError(
+            f"{rejected} of {records} records are bad, more than --max-errors {options.max_errors} allows; "
+            "see units/*.rejects.jsonl in the store"
+        )
+
+
+def _collect_rejects(store: Path, results: Sequence[UnitResult]) -> None:
+    """Join the rejected records of all units into rejects.jsonl."""
+    if not any(result.rejected for result in results):
+        return
+    with atomic_write(store / "rejects.jsonl") as out:
+        for result in results:
+            if result.rejected:
+                out.write(unit_path(store, result.index, ".rejects.jsonl").read_bytes())
 
 
 def _claim(store: Path, plan: dict, resume: bool) -> None:
@@ -141,23 +204,35 @@ def _short(value: object) -> str:
     return text if len(text) <= 120 else text[:117] + "…"
 
 
-def _reporter(units: Sequence[Unit], progress):
-    if progress is None:
-        return None
-    total = sum(unit.stop - unit.start for unit in units)
-    done = {"units": 0, "bytes": 0, "documents": 0, "tokens": 0, "dropped": 0}
+def _reporter(units: Sequence[Unit], options: EncodeOptions, progress):
+    """Count what is done, stop as soon as there are more bad records than a count allows, and tell the caller."""
+    total = sum(unit.bytes for unit in units)
+    done = {"units": 0, "bytes": 0, "documents": 0, "tokens": 0, "dropped": 0, "rejected": 0}
+    stop = options.error_limit(0) if options.max_errors and not options.max_errors.endswith("%") else float("inf")
 
     def report(unit: Unit, result: UnitResult) -> None:
-        account = result.ledger["total"]
         done["units"] += 1
-        done["bytes"] += unit.stop - unit.start
+        done["bytes"] += unit.bytes
         done["documents"] += result.rows
         done["tokens"] += result.tokens
-        done["dropped"] += sum(count["documents"] for count in account["dropped"].values())
-        progress(
-            Progress(
-                done["units"], len(units), done["bytes"], total, done["documents"], done["tokens"], done["dropped"]
+        done["dropped"] += sum(count["documents"] for count in result.ledger["total"]["dropped"].values())
+        done["rejected"] += result.rejected
+        if done["rejected"] > stop:
+            raise ValueError(
+                f"{done['rejected']} records are bad, more than --max-errors {options.max_errors} allows; "
+                "see units/*.rejects.jsonl in the store"
             )
-        )
+        if progress is not None:
+            progress(
+                Progress(
+                    done["units"],
+                    len(units),
+                    done["bytes"],
+                    total,
+                    done["documents"],
+                    done["tokens"],
+                    done["dropped"],
+                )
+            )
 
     return report

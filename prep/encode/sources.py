@@ -1,16 +1,70 @@
-"""Input files, cut into work units by bytes.
+"""What to read: sources, their files, and the work units these are cut into.
 
-A unit is a range of bytes of one file; a line belongs to the unit its first byte lies in. The cut depends on the size
-of the file alone, so it is the same for any number of workers.
+A unit is a part of one file: a range of bytes of line-based text (a line belongs to the unit its first byte lies in),
+a range of row groups of Parquet or record batches of Arrow, or a whole file where it cannot be entered in the middle
+(compressed, a JSON array, CSV with its quoted newlines). The cut depends on the files and `unit_bytes` alone, so it is
+the same for any number of workers.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import xxhash
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-_BLOCK = 1 << 20
+from prep.encode import files
+
+FORMATS = ("jsonl", "json", "parquet", "arrow", "csv", "tsv", "text", "hf")
+TEXT_BY = ("line", "paragraph", "document")
+_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+_PEEK = 4096
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source of documents.
+
+    name: stands in the ledger; unique in a run.
+    paths: files, folders, globs, addresses, `hf:name[:config]#split`.
+    format: one of FORMATS; by the ending of the names without it.
+    template: chat template (file or built-in name) instead of the run's.
+    columns: our field → the record's field (`{"text": "body"}`).
+    text_by: what a document of a plain text file is: a line, a paragraph (between blank lines) or the document.
+    weight, repeat, limit_tokens, max_epochs: how much of it is used; see `mix`.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    format: str | None = None
+    template: str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    text_by: str = "line"
+    weight: float | None = None
+    repeat: float | None = None
+    limit_tokens: int | None = None
+    max_epochs: float | None = None
+
+    def __post_init__(self):
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(
+                f"source {self.name}: format {self.format!r} is unknown; choose one of {', '.join(FORMATS)}"
+            )
+        if self.text_by not in TEXT_BY:
+            raise ValueError(f"source {self.name}: text_by is {self.text_by!r}; choose one of {', '.join(TEXT_BY)}")
 
 
 @dataclass(frozen=True)
@@ -19,6 +73,8 @@ class InputFile:
 
     path: str
     name: str
+    source: int
+    format: str
     bytes: int
     xxh3_128: str
 
@@ -29,86 +85,246 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """The lines of `path` whose first byte lies in `start:stop`."""
+    """Part `start:stop` of a file; in bytes (`jsonl`, `text` by line), row groups or record batches; all of it else."""
 
     index: int
+    source: int
     path: str
-    name: str
+    format: str
     start: int
     stop: int
+    bytes: int
+    first_row: int = 0
 
 
-def find_inputs(paths: Sequence[str]) -> list[InputFile]:
-    """The files to read, in the order given, each with size and hash.
+@dataclass(frozen=True)
+class _Cut:
+    start: int
+    stop: int
+    bytes: int
+    first_row: int = 0
+
+
+def as_sources(inputs: Sequence["str | os.PathLike | SourceSpec"], **defaults) -> list[SourceSpec]:
+    """Inputs as a user names them → sources with unique names. `defaults` are fields of those given by path alone.
 
     Raises:
-        ValueError: no such file; or nothing given.
+        ValueError: nothing given, or two sources of one name.
     """
-    if not paths:
+    if not inputs:
         raise ValueError("no input given; name at least one file")
-    files, seen = [], {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"{path}: no such file")
-        if not path.is_file():
-            raise ValueError(f"{path}: not a file")
-        count = seen[path.name] = seen.get(path.name, 0) + 1
-        name = path.name if count == 1 else f"{path.name}#{count}"
-        size, digest = _measure(path)
-        files.append(InputFile(str(path), name, size, digest))
-    return files
+    specs, seen = [], {}
+    for item in inputs:
+        if isinstance(item, SourceSpec):
+            specs.append(item)
+            continue
+        path = os.fspath(item)
+        name = path if path.startswith("hf:") else os.path.basename(path.rstrip("/")) or path
+        if path.startswith("hf:"):
+            name = "hf:" + os.path.basename(path[3:].rstrip("/"))
+        count = seen[name] = seen.get(name, 0) + 1
+        specs.append(SourceSpec(name if count == 1 else f"{name}#{count}", (path,), **defaults))
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two sources are called {name}; give each a name of its own")
+    return specs
 
 
-def _measure(path: Path) -> tuple[int, str]:
-    digest, size = xxhash.xxh3_128(), 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
+def find_inputs(specs: Sequence[SourceSpec]) -> list[InputFile]:
+    """The files of all sources, in order, each with its size and hash.
+
+    Raises:
+        ValueError: a name that leads nowhere, or a file of unknown format; the message names it.
+    """
+    found: list[InputFile] = []
+    seen: dict[str, int] = {}
+    for number, spec in enumerate(specs):
+        for path in spec.paths:
+            for entry in _expand(path, spec):
+                label = os.path.basename(entry.path.rstrip("/"))
+                count = seen[label] = seen.get(label, 0) + 1
+                name = label if count == 1 else f"{label}#{count}"
+                found.append(InputFile(entry.path, name, number, entry.format, entry.bytes, entry.hash))
+    return found
 
 
-def cut_units(files: Sequence[InputFile], unit_bytes: int) -> list[Unit]:
-    """Work units of all files, in order."""
+@dataclass(frozen=True)
+class _Entry:
+    path: str
+    format: str
+    bytes: int
+    hash: str
+
+
+def _expand(path: str, spec: SourceSpec) -> list[_Entry]:
+    if path.startswith("hf:"):
+        # `datasets` takes a second to import: only its own sources pay for it.
+        from prep.encode.hub import describe
+
+        return [_Entry(path, "hf", *describe(path))]
+    folder, _, split = path.partition("#") if not os.path.exists(path) else (path, "", "")
+    saved = _saved_dataset(folder, split)
+    names = saved if saved is not None else files.expand(path)
+    entries = []
+    for name in names:
+        kind = spec.format or _format(name, alone=len(names) == 1)
+        if kind is None:
+            continue
+        size = files.file_size(name)
+        if kind == "json":
+            kind = "json" if size and _is_array(name) else "jsonl"
+        entries.append(_Entry(name, kind, size, files.file_hash(name)))
+    if not entries:
+        raise ValueError(f"{path}: no file of a known format; endings known are {', '.join(_ENDINGS)} (and .gz, .zst)")
+    return entries
+
+
+def _format(path: str, alone: bool) -> str | None:
+    """Format by ending. A file named by itself is taken for JSONL without a known one; others in a folder are left."""
+    base, suffix = os.path.splitext(path.lower())
+    if suffix in files.COMPRESSIONS:
+        suffix = os.path.splitext(base)[1]
+    return _ENDINGS.get(suffix, "jsonl" if alone else None)
+
+
+def _is_array(path: str) -> bool:
+    with files.open_decompressed(path) as file:
+        return file.read(_PEEK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _saved_dataset(folder: str, split: str) -> list[str] | None:
+    """The Arrow files of a folder that `datasets` wrote with save_to_disk; None when it is no such folder."""
+    if files.is_remote(folder) or not os.path.isdir(folder):
+        return None
+    splits = os.path.join(folder, "dataset_dict.json")
+    if os.path.isfile(splits):
+        with open(splits, encoding="utf-8") as file:
+            names = json.load(file)["splits"]
+        if split not in names:
+            wanted = f"no split {split!r}" if split else "several splits"
+            raise ValueError(f"{folder}: holds {wanted}; name one as {folder}#SPLIT, of {', '.join(names)}")
+        folder = os.path.join(folder, split)
+    state = os.path.join(folder, "state.json")
+    if not os.path.isfile(state):
+        return None
+    with open(state, encoding="utf-8") as file:
+        return [os.path.join(folder, entry["filename"]) for entry in json.load(file)["_data_files"]]
+
+
+def cut_units(inputs: Sequence[InputFile], specs: Sequence[SourceSpec], unit_bytes: int) -> list[Unit]:
+    """Work units of all files, in order.
+
+    Raises:
+        ValueError: a file whose structure cannot be read.
+    """
     units: list[Unit] = []
-    for file in files:
-        for start in range(0, file.bytes, unit_bytes):
-            stop = min(start + unit_bytes, file.bytes)
-            units.append(Unit(len(units), file.path, file.name, start, stop))
+    for file in inputs:
+        cut = _cutter(file, specs[file.source])
+        for part in cut(file, unit_bytes):
+            units.append(
+                Unit(len(units), file.source, file.path, file.format, part.start, part.stop, part.bytes, part.first_row)
+            )
     return units
 
 
-def read_lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line without its newline) of every line that begins in `start:stop`, in constant memory."""
-    with open(path, "rb") as file:
-        position = start
-        if start > 0:
-            file.seek(start - 1)
-            # The line that reaches into this range began in an earlier one.
-            position = start - 1 + _skip_line(file)
-            file.seek(position)
-        while position < stop:
-            line = file.readline()
-            if not line:
-                return
-            yield position, line[:-1] if line.endswith(b"\n") else line
-            position += len(line)
+def _cutter(file: InputFile, spec: SourceSpec) -> Callable[[InputFile, int], list[_Cut]]:
+    if file.format == "hf":
+        return _whole
+    if file.path.lower().endswith(files.COMPRESSIONS):
+        return _whole
+    if file.format == "jsonl" or (file.format == "text" and spec.text_by == "line"):
+        return _by_bytes
+    return {"parquet": _by_row_groups, "arrow": _by_batches}.get(file.format, _whole)
 
 
-def _skip_line(file) -> int:
-    skipped = 0
-    while block := file.readline(_BLOCK):
-        skipped += len(block)
-        if block.endswith(b"\n"):
-            break
-    return skipped
+def _whole(file: InputFile, unit_bytes: int) -> list[_Cut]:
+    return [_Cut(0, 0, file.bytes)]
 
 
-def line_number(path: str, offset: int) -> int:
-    """Line (from 1) that begins at a byte offset; reads the file up to there, so only for messages."""
-    lines, left = 1, offset
-    with open(path, "rb") as file:
-        while left and (block := file.read(min(_BLOCK, left))):
-            lines += block.count(b"\n")
-            left -= len(block)
-    return lines
+def _by_bytes(file: InputFile, unit_bytes: int) -> list[_Cut]:
+    return [
+        _Cut(start, min(start + unit_bytes, file.bytes), min(unit_bytes, file.bytes - start))
+        for start in range(0, file.bytes, unit_bytes)
+    ]
+
+
+def _by_row_groups(file: InputFile, unit_bytes: int) -> list[_Cut]:
+    try:
+        with files.open_binary(file.path) as stream:
+            metadata = pq.ParquetFile(stream).metadata
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file.path}: not readable as Parquet ({error})") from None
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return _gather([(g.total_byte_size, g.num_rows) for g in groups], unit_bytes)
+
+
+def _by_batches(file: InputFile, unit_bytes: int) -> list[_Cut]:
+    """Arrow IPC files by record batches; a stream (what `datasets` writes) is read as a whole."""
+    try:
+        with files.open_binary(file.path) as stream:
+            if stream.read(6) != b"ARROW1":
+                return _whole(file, unit_bytes)
+        if files.is_remote(file.path):
+            return _whole(file, unit_bytes)
+        with pa.memory_map(file.path) as source:
+            reader = pa.ipc.open_file(source)
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            return _gather([(b.nbytes, b.num_rows) for b in batches], unit_bytes)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file.path}: not readable as Arrow ({error})") from None
+
+
+def _gather(parts: Sequence[tuple[int, int]], unit_bytes: int) -> list[_Cut]:
+    """Consecutive parts of (bytes, rows) up to about `unit_bytes` together."""
+    cuts, start, size, row, first_row = [], 0, 0, 0, 0
+    for index, (nbytes, rows) in enumerate(parts):
+        if size and size + nbytes > unit_bytes:
+            cuts.append(_Cut(start, index, size, first_row))
+            start, size, first_row = index, 0, row
+        size += nbytes
+        row += rows
+    if start < len(parts):
+        cuts.append(_Cut(start, len(parts), size, first_row))
+    return cuts
+
+
+def read_mix(path: str) -> list[SourceSpec]:
+    """Sources from a YAML file: `sources: [{name, paths, format, template, columns, weight, repeat, …}]`.
+
+    Relative paths count from the folder of the file.
+
+    Raises:
+        ValueError: not such a file; the message names the entry.
+    """
+    import yaml  # only runs with a mix need it
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not readable as YAML ({error})") from None
+    entries = content.get("sources") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: expected a list under `sources`")
+    return [_mix_entry(path, number, entry) for number, entry in enumerate(entries, 1)]
+
+
+def _mix_entry(path: str, number: int, entry: object) -> SourceSpec:
+    fields = set(SourceSpec.__dataclass_fields__)
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise ValueError(f"{path}: source {number} must be an object with a name")
+    entry = dict(entry)
+    unknown = sorted(set(entry) - fields)
+    if unknown:
+        raise ValueError(
+            f"{path}: source {entry['name']} has unknown field {unknown[0]}; known are {', '.join(sorted(fields))}"
+        )
+    given = entry.pop("paths", None)
+    given = [given] if isinstance(given, str) else given
+    if not given:
+        raise ValueError(f"{path}: source {entry['name']} names no paths")
+    folder = os.path.dirname(os.path.abspath(path))
+    entry["paths"] = tuple(p if files.is_remote(p) or p.startswith("hf:") else os.path.join(folder, p) for p in given)
+    entry["columns"] = tuple(sorted((entry.get("columns") or {}).items()))
+    return SourceSpec(**entry)

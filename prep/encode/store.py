@@ -41,6 +41,7 @@ class UnitResult(NamedTuple):
     bytes: int
     xxh3_128: str
     ledger: dict
+    rejected: int
 
 
 def unit_path(store: Path, index: int, suffix: str = ".arrow") -> Path:
@@ -93,8 +94,11 @@ class UnitWriter:
         self._atomic.__exit__(kind, error, trace)
         return False
 
-    def finish(self, ledger: Ledger) -> UnitResult:
-        """Write the unit's lines of the ledger; from now on it is done."""
+    def finish(self, ledger: Ledger, rejected: Sequence[str] = ()) -> UnitResult:
+        """Write the unit's rejected records and its lines of the ledger; from now on it is done."""
+        if rejected:
+            with atomic_write(unit_path(self._store, self._index, ".rejects.jsonl")) as file:
+                file.write("".join(f"{line}\n" for line in rejected).encode())
         result = UnitResult(
             self._index,
             self._source,
@@ -105,6 +109,7 @@ class UnitWriter:
             self._file.bytes,
             self._file.hexdigest(),
             ledger.to_json(),
+            len(rejected),
         )
         write_json(unit_path(self._store, self._index, ".json"), result._asdict())
         return result

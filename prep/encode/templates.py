@@ -87,6 +87,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = self._strftime_now
         try:
+            self.syntax_tree = environment.parse(source)
             self._template = environment.from_string(source)
         except jinja2.exceptions.TemplateSyntaxError as error:
             raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
@@ -132,21 +133,26 @@ class ChatTemplate:
         except (jinja2.exceptions.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"the chat template refuses this chat: {error}") from None
 
-    def render_marked(self, messages: Sequence[dict], tools: Sequence | None, cut_at_tags: bool) -> "MarkedChat":
+    def render_marked(
+        self, messages: Sequence[dict], tools: Sequence | None, join_lists: bool = False, cut_at_tags: bool = False
+    ) -> "MarkedChat":
         """Render plainly and with marks, and prove that both are the same text.
 
         Args:
+            join_lists: give the texts of a content list as one text, for templates that know no lists.
             cut_at_tags: leave tags that the template names (<think> …) outside the marks and mark the pieces between.
 
         Raises:
             TemplateMismatchError: they are not the same.
             ValueError: the template refuses the chat.
         """
-        text = self.render(messages, tools)
+        plain = [_joined(message) for message in messages] if join_lists else messages
+        text = self.render(plain, tools)
         if not text.isascii() and _ANY_MARK.search(text):
             raise ValueError("the chat holds private-use characters U+10FF00–U+10FF03, which mark words here")
         marker = _Marker(self._tags if cut_at_tags else None)
         chat = [marker.message(i, message) for i, message in enumerate(messages)]
+        chat = [_joined(message) for message in chat] if join_lists else chat
         marked_tools = None if tools is None else marker.leaves(tools, -1, "tools")
         marked = _read_marks(self._render(_with_reasoning(chat), marked_tools, False, mark=True))
         if marked is None or marked.text != text:
@@ -263,6 +269,14 @@ def _read_marks(rendered: str) -> Marked | None:
     pieces.append(rendered[last:])
     text = "".join(pieces)
     return None if _ANY_MARK.search(text) else Marked(text, words, generations)
+
+
+def _joined(message: dict) -> dict:
+    """The message with a content list as one text."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "".join(part if isinstance(part, str) else part["text"] for part in content)}
 
 
 def _with_reasoning(messages: Sequence[dict]) -> list[dict]:

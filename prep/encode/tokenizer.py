@@ -1,19 +1,13 @@
-"""A Hugging Face tokenizer folder, and texts → token ids with the byte range of every token.
-
-Ids are those of `tokenizers` on the whole text; a text is never cut where a merge could cross the cut. The byte range
-of a token comes from its own length where that is proven to add up to the text (byte-level and byte-fallback BPE on
-text that the normaliser leaves alone), and from the library's offset tracking, which is several times slower, elsewhere.
-"""
+"""What a Hugging Face tokenizer folder says: the tokenizer, its special tokens, its chat template."""
 
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -22,20 +16,10 @@ import xxhash
 # Parallelism is by processes, one work unit each; threads inside them would only fight for the same cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-_UNKNOWN_LENGTH = 1 << 24  # a token whose bytes are not known: makes every sum over it miss the text's length
+_UNKNOWN_LENGTH = 1 << 24
+"""Stands for a token whose bytes are not known: every sum over it misses the length of a text."""
+
 _TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-
-
-class Encoded(NamedTuple):
-    """Tokens of a batch of texts, flat; text i has tokens `offsets[i]:offsets[i+1]`.
-
-    ids int32[T]; starts, ends int64[T] (byte range of each token within its own text); offsets int64[N+1].
-    """
-
-    ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-    offsets: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -64,12 +48,8 @@ class TokenizerFolder:
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer without post-processor, padding and truncation: nothing is added, offsets are not trimmed."""
-        tokenizer = tokenizers.Tokenizer.from_str(self.json_text)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.post_processor = None
-        return tokenizer
+        """`new_tokenizer`, kept."""
+        return self.new_tokenizer()
 
     @cached_property
     def added_tokens(self) -> tuple[dict, ...]:
@@ -87,6 +67,13 @@ class TokenizerFolder:
             return None
         longest_first = sorted(self.control_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)))
+
+    @cached_property
+    def is_control(self) -> np.ndarray:
+        """Which ids are control tokens, bool[V]."""
+        table = np.zeros(self.vocab_size, bool)
+        table[list(self.control_tokens.values())] = True
+        return table
 
     @cached_property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -140,8 +127,8 @@ class TokenizerFolder:
         return lengths
 
     @cached_property
-    def _changes_text(self):
-        """A function: does the normaliser change this text's bytes (so that token lengths do not add up)?"""
+    def changes_text(self) -> Callable[[str], bool] | None:
+        """Tells whether the normaliser changes a text, so that the lengths of its tokens say nothing; None if never."""
         kinds = _normalizer_kinds(self._content.get("normalizer"))
         if "NFC" in kinds:
             return lambda text: not (text.isascii() or unicodedata.is_normalized("NFC", text))
@@ -149,131 +136,13 @@ class TokenizerFolder:
             return lambda text: "▁" in text
         return None
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Token ids and byte ranges of texts whose control tokens are control tokens. Nothing is added around."""
-        return self._encode(self.tokenizer, texts)
-
-    def encode_as_text(self, texts: Sequence[str]) -> Encoded:
-        """The same with control tokens in the texts as plain text (`split_special_tokens` of transformers)."""
-        self.tokenizer.encode_special_tokens = True
-        try:
-            return self._encode(self.tokenizer, texts)
-        finally:
-            self.tokenizer.encode_special_tokens = False
-
-    def encode_guarded(self, text: str, literals: Sequence[tuple[int, int]]) -> Encoded:
-        """One text in which control tokens count only inside `literals` (character ranges); elsewhere they are text.
-
-        The real ones are swapped for private characters that a second tokenizer knows as ordinary added tokens while it
-        takes every control token for text, so that cuts, merges and offsets are the library's own.
-        """
-        pieces, swapped, last = [], [], 0
-        for begin, stop in literals:
-            for match in self.control_pattern.finditer(text, begin, stop):
-                pieces += [text[last : match.start()], self._twins[match.group()]]
-                swapped.append((match.start(), len(match.group().encode())))
-                last = match.end()
-        guarded = "".join([*pieces, text[last:]])
-        if any(character in text for character in self._twins.values()):
-            raise ValueError("the record holds private-use characters from U+10F000 on, which mark control tokens here")
-        ids, starts, ends, offsets = _encode_with_offsets(self._guard, guarded)
-        # Back to the bytes of the real text: every swapped token before a position shifts it.
-        width = len(next(iter(self._twins.values())).encode())
-        real = np.array([len(text[:position].encode()) for position, _ in swapped], np.int64)
-        growth = np.array([length - width for _, length in swapped], np.int64)
-        shifts = np.concatenate([[0], np.cumsum(growth)])
-        positions = real - shifts[:-1]  # in the guarded text
-        starts = starts + shifts[np.searchsorted(positions, starts, side="left")]
-        ends = ends + shifts[np.searchsorted(positions, ends, side="left")]
-        is_twin = ids >= self.vocab_size
-        ids[is_twin] = np.array(list(self.control_tokens.values()), np.int32)[ids[is_twin] - self.vocab_size]
-        return Encoded(ids, starts, ends, offsets)
-
-    @cached_property
-    def _twins(self) -> dict[str, str]:
-        """Control token → the private character that stands for it."""
-        return {token: chr(0x10F000 + i) for i, token in enumerate(self.control_tokens)}
-
-    @cached_property
-    def _guard(self) -> tokenizers.Tokenizer:
-        guard = tokenizers.Tokenizer.from_str(self.json_text)
-        guard.no_padding()
-        guard.no_truncation()
-        guard.post_processor = None
-        flags = {t["content"]: t for t in self.added_tokens}
-        for number, (token, twin) in enumerate(self._twins.items()):
-            kept = {name: flags[token][name] for name in ("single_word", "lstrip", "rstrip")}
-            guard.add_tokens([tokenizers.AddedToken(twin, special=False, normalized=False, **kept)])
-            if guard.token_to_id(twin) != self.vocab_size + number:
-                raise ValueError(
-                    f"{self.path}: the ids of the vocabulary have gaps; control tokens in texts cannot be guarded"
-                )
-        guard.encode_special_tokens = True
-        return guard
-
-    def _encode(self, tokenizer, texts: Sequence[str]) -> Encoded:
-        if self.byte_lengths is None:
-            return _concatenate([_encode_with_offsets(tokenizer, text) for text in texts])
-        batch = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        rows = [np.array(encoding.ids, np.int32) for encoding in batch]
-        flat, offsets = flatten(rows)
-        starts, ends, proven = self.byte_ranges(flat, offsets, texts)
-        if proven.all():
-            return Encoded(flat, starts, ends, offsets)
-        slow = {i: _encode_with_offsets(tokenizer, texts[i]) for i in np.flatnonzero(~proven)}
-        pieces = []
-        for i in range(len(texts)):
-            row = slice(offsets[i], offsets[i + 1])
-            pieces.append(slow.get(i) or Encoded(flat[row], starts[row], ends[row], offsets[i : i + 2] - offsets[i]))
-        return _concatenate(pieces)
-
-    def byte_ranges(self, flat: np.ndarray, offsets: np.ndarray, texts: Sequence[str]):
-        """Byte ranges from token lengths: (starts int64[T], ends int64[T], proven bool[N]).
-
-        A text is proven when the lengths of its tokens add up to its own bytes and the normaliser leaves it alone:
-        such a tokenizer only ever drops bytes (a vocabulary that lacks them), so a full sum means that none is missing.
-        """
-        lengths = self.byte_lengths[flat]
-        cumulated = np.concatenate([[0], np.cumsum(lengths)])
-        base = cumulated[offsets[:-1]]
-        totals = cumulated[offsets[1:]] - base
-        sizes = np.fromiter((len(t) if t.isascii() else len(t.encode()) for t in texts), np.int64, len(texts))
-        proven = totals == sizes
-        if self._changes_text is not None:
-            proven &= ~np.fromiter((self._changes_text(t) for t in texts), bool, len(texts))
-        ends = cumulated[1:] - np.repeat(base, np.diff(offsets))
-        return ends - lengths, ends, proven
-
-
-def flatten(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids → (flat int32[T], offsets int64[N+1])."""
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return (np.concatenate(rows) if rows else np.empty(0, np.int32)), offsets
-
-
-def _concatenate(pieces: Sequence[Encoded]) -> Encoded:
-    ids, offsets = flatten([piece.ids for piece in pieces])
-    empty = [np.empty(0, np.int64)]
-    starts = np.concatenate(empty + [piece.starts for piece in pieces])
-    ends = np.concatenate(empty + [piece.ends for piece in pieces])
-    return Encoded(ids, starts, ends, offsets)
-
-
-def _encode_with_offsets(tokenizer, text: str) -> Encoded:
-    """One text by the library's own offset tracking (characters, turned into bytes here)."""
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    ranges = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    if not text.isascii():
-        widths = np.fromiter(map(_utf8_width, text), np.int64, len(text))
-        ranges = np.concatenate([[0], np.cumsum(widths)])[ranges]
-    ids = np.array(encoding.ids, np.int32)
-    return Encoded(ids, ranges[:, 0], ranges[:, 1], np.array([0, len(ids)], np.int64))
-
-
-def _utf8_width(character: str) -> int:
-    code = ord(character)
-    return 1 if code < 0x80 else 2 if code < 0x800 else 3 if code < 0x10000 else 4
+    def new_tokenizer(self) -> tokenizers.Tokenizer:
+        """A new instance without post-processor, padding and truncation: it adds nothing and trims no offsets."""
+        tokenizer = tokenizers.Tokenizer.from_str(self.json_text)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.post_processor = None
+        return tokenizer
 
 
 def _template_pieces(processor: dict | None) -> list[dict]:
@@ -308,14 +177,14 @@ def _byte_rule(content: dict):
         return None
     if '"ByteLevel"' in pre_tokenizer and '"add_prefix_space": true' not in pre_tokenizer and normalizers <= {"NFC"}:
         # One character of the byte alphabet is one byte (the alphabet ends below U+0144).
-        return lambda token: len(token) if all(ord(c) < 0x144 for c in token) else _UNKNOWN_LENGTH
+        return lambda token: len(token) if token.isascii() or max(token) < "\u0144" else _UNKNOWN_LENGTH
     if "Metaspace" not in pre_tokenizer and "ByteLevel" not in pre_tokenizer and normalizers == {"Replace"}:
         return lambda token: 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
     return None
 
 
 def read_tokenizer(path: str | Path) -> TokenizerFolder:
-    """Open a folder with `tokenizer.json` (and `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`).
+    """Open a folder: `tokenizer.json`, and if there `tokenizer_config.json`, `special_tokens_map.json`, `*.jinja`.
 
     Raises:
         ValueError: no such folder, no tokenizer.json in it, or a file that cannot be read; the message says which.

@@ -1,125 +1,324 @@
-"""One work unit: lines → documents → one file of the store. A pure function of the unit's bytes and the options."""
+"""One work unit: records → documents → one file of the store. A pure function of the unit's bytes and the options."""
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import orjson
 
+from prep.encode.builtin import load_template
+from prep.encode.chats import ChatRenderer
 from prep.encode.masks import Rendering, byte_spans, target_mask
 from prep.encode.options import EncodeOptions
-from prep.encode.records import RecordReader
-from prep.encode.sources import Unit, line_number, read_lines
+from prep.encode.readers import locate, read_unit
+from prep.encode.records import RecordReader, Tokens
+from prep.encode.sources import SourceSpec, Unit
 from prep.encode.store import UnitResult, UnitWriter, finished_unit
 from prep.encode.templates import ChatTemplate
-from prep.encode.tokenizer import Encoded, TokenizerFolder, read_tokenizer
+from prep.encode.tokenizer import TokenizerFolder, read_tokenizer
+from prep.encode.tokens import EngineDiffersError, TokenEncoder, replace_rows, segment_sums, utf8_sizes
 from prep.ledger import Ledger
 
 _BATCH_CHARACTERS = 1 << 20
 """Text that is tokenised in one call; what is larger is one call by itself."""
 
+_REJECT_CHARACTERS = 2000
+"""Of a rejected record this much is kept for the eye."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """What all units of a run share."""
+    """What all units of a run share. `engine` is decided once: `hf` or `fast`."""
 
     store: str
     options: EncodeOptions
+    sources: tuple[SourceSpec, ...]
+    engine: str
+
+
+class DirectDiffersError(Exception):
+    """A chat rendered directly is not what its template writes."""
+
+
+class _Item:
+    """A record on its way: where it stands, as it was read, and the document it became."""
+
+    __slots__ = ("document", "position", "record")
+
+    def __init__(self, position: int, record: object, document: Rendering | Tokens):
+        self.position = position
+        self.record = record
+        self.document = document
 
 
 def encode_unit(job: Job, unit: Unit) -> UnitResult:
     """Encode a unit, unless the store holds it already.
 
     Raises:
-        ValueError: a line that is not a record; the message names file and line.
+        ValueError: a record that is none, if the options stop there; the message names file and line or row.
     """
     store = Path(job.store)
     done = finished_unit(store, unit.index)
     if done is not None:
         return done
-    encoder = _encoder(job.options)
-    ledger = Ledger()
-    with UnitWriter(store, unit.index, unit.name) as writer:
-        batch: list[Rendering] = []
-        characters = 0
-        for offset, line in read_lines(unit.path, unit.start, unit.stop):
-            if not line.strip():
-                continue
-            try:
-                rendering = encoder.render(line)
-            except ValueError as error:
-                raise ValueError(f"{unit.path}, line {line_number(unit.path, offset)}: {error}") from None
-            batch.append(rendering)
-            characters += len(rendering.text)
-            if characters >= _BATCH_CHARACTERS:
-                writer.write(*encoder.encode(batch, unit.name, ledger))
-                batch, characters = [], 0
-        writer.write(*encoder.encode(batch, unit.name, ledger))
-    return writer.finish(ledger)
+    encoder = _encoder(job)
+    differences = []
+    while True:
+        try:
+            run = _UnitRun(job, unit, encoder)
+            ledger = run.run(store)
+            break
+        except EngineDiffersError:
+            differences.append("engine_differed_units")
+            encoder.fast = False
+        except DirectDiffersError:
+            differences.append("direct_rendering_differed_units")
+            encoder.chats(unit.source).disable_direct()
+    for name in differences:
+        ledger.note(job.sources[unit.source].name, name, 1)
+    encoder.fast = True  # the next unit is judged by itself, whichever process it falls to
+    return run.writer.finish(ledger, run.rejected)
 
 
 @functools.lru_cache(1)
-def _encoder(options: EncodeOptions) -> "_Encoder":
-    return _Encoder(options)
+def _encoder(job: Job) -> "_Encoder":
+    return _Encoder(job)
 
 
 class _Encoder:
-    """The tokenizer and template of a run, loaded once a process."""
+    """What a process loads once: the tokenizer, and a reader of records for every source."""
 
-    def __init__(self, options: EncodeOptions):
-        self._folder: TokenizerFolder = read_tokenizer(options.tokenizer)
-        source = self._folder.chat_template
-        template = ChatTemplate(source, self._folder.special_tokens, options.template_date) if source else None
-        self._records = RecordReader(self._folder, template, options.mask)
+    def __init__(self, job: Job):
+        self._job = job
+        self.folder: TokenizerFolder = read_tokenizer(job.options.tokenizer)
+        self.tokens = TokenEncoder(self.folder, job.engine)
+        self.fast = True
+        self._chats: dict[int, ChatRenderer | None] = {}
+        self._records: dict[int, RecordReader] = {}
 
-    def render(self, line: bytes) -> Rendering:
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise ValueError(f"not readable as JSON ({error})") from None
-        return self._records.read(record)
+    def chats(self, source: int) -> ChatRenderer | None:
+        """The renderer of a source's chats; None where there is no template."""
+        if source not in self._chats:
+            options = self._job.options
+            text = load_template(self._job.sources[source].template or options.chat_template, self.folder)
+            template = ChatTemplate(text, self.folder.special_tokens, options.template_date) if text else None
+            control = self.folder.control_pattern
+            self._chats[source] = ChatRenderer(template, control, options.mask) if template else None
+        return self._chats[source]
 
-    def encode(self, batch: Sequence[Rendering], source: str, ledger: Ledger):
-        """Renderings → (ids int32[T], mask uint8[T], offsets int64[N+1]) of the documents that are kept."""
-        plain = [i for i, rendering in enumerate(batch) if not rendering.injected]
-        encoded = self._folder.encode([batch[i].text for i in plain])
-        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for k, i in enumerate(plain):
-            row = slice(encoded.offsets[k], encoded.offsets[k + 1])
-            rows[i] = self._document(batch[i], encoded.ids[row], encoded.starts[row], encoded.ends[row])
-        for i, rendering in enumerate(batch):
-            if rendering.injected:
-                one: Encoded = self._folder.encode_guarded(rendering.text, rendering.literals)
-                rows[i] = self._document(rendering, one.ids, one.starts, one.ends)
-        kept_ids, kept_masks, offsets, tokens = [], [], [0], 0
-        for i in range(len(batch)):
-            ids, mask = rows[i]
-            tokens += len(ids)
-            if len(ids) == 0:
-                ledger.drop(source, "empty", 1, 0)
-            elif not mask.any():
-                ledger.drop(source, "no_targets", 1, len(ids))
-            else:
-                kept_ids.append(ids)
-                kept_masks.append(mask)
-                offsets.append(offsets[-1] + len(ids))
-        if batch:
-            ledger.read(source, len(batch), tokens)
-            ledger.keep(source, len(kept_ids), offsets[-1])
-        ids = np.concatenate(kept_ids) if kept_ids else np.empty(0, np.int32)
-        mask = np.concatenate(kept_masks) if kept_masks else np.empty(0, np.uint8)
-        return ids, mask, np.array(offsets, np.int64)
+    def records(self, source: int) -> RecordReader:
+        """The reader of a source's records."""
+        if source not in self._records:
+            options, columns = self._job.options, dict(self._job.sources[source].columns)
+            chats = self.chats(source)
+            self._records[source] = RecordReader(self.folder, chats, options.mask, columns, options.allow_special)
+        return self._records[source]
 
-    def _document(self, rendering: Rendering, ids, starts, ends):
-        mask = target_mask(starts, ends, byte_spans(rendering.text, rendering.spans))
-        prefix = self._folder.prefix_ids if rendering.add_prefix and rendering.text else ()
-        suffix = (self._folder.eos_id,) if rendering.add_eos and self._folder.eos_id is not None else ()
-        if prefix or suffix:
-            ids = np.concatenate([np.array(prefix, np.int32), ids, np.array(suffix, np.int32)])
-            eos = [int(rendering.eos_is_target)] * len(suffix)
-            mask = np.concatenate([np.zeros(len(prefix), np.uint8), mask, np.array(eos, np.uint8)])
+
+class _UnitRun:
+    """One attempt at a unit."""
+
+    def __init__(self, job: Job, unit: Unit, encoder: _Encoder):
+        self._options = job.options
+        self._unit = unit
+        self._spec = job.sources[unit.source]
+        self._encoder = encoder
+        self._records = encoder.records(unit.source)
+        self._ledger = Ledger()
+        self._chat_number = 0
+        self.rejected: list[str] = []
+        encoder.tokens.reset()
+
+    def run(self, store: Path) -> Ledger:
+        """Read, encode and write the whole unit."""
+        self.writer = UnitWriter(store, self._unit.index, self._spec.name)
+        with self.writer:
+            for batch in self._batches():
+                self.writer.write(*self._encode(batch))
+        if self._encoder.tokens.compared:
+            self._ledger.note(self._spec.name, "compared_with_hf", self._encoder.tokens.compared)
+        return self._ledger
+
+    def _batches(self) -> Iterator[list[_Item]]:
+        batch: list[_Item] = []
+        size = 0
+        for position, record in read_unit(self._unit, self._spec):
+            if type(record) is bytes and not record.strip():
+                continue
+            try:
+                document = self._document(record)
+            except ValueError as error:
+                self._reject(position, record, error)
+                continue
+            batch.append(_Item(position, record, document))
+            size += len(document.text) if type(document) is Rendering else 4 * len(document.ids)
+            if size >= _BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+        yield batch
+
+    def _document(self, record: object) -> Rendering | Tokens:
+        if type(record) is bytes:
+            record = _parse(record)
+        document = self._records.read(record)
+        if type(document) is Rendering and document.literals is None:
+            self._prove_direct(record, document)
+        return document
+
+    def _prove_direct(self, record: object, document: Rendering) -> None:
+        """The first directly rendered chats of a unit and a few of the others go through Jinja as well."""
+        self._chat_number += 1
+        if self._chat_number > 4 and self._chat_number % 256:
+            return
+        full = self._render_fully(record)
+        if full.text != document.text or list(full.spans) != list(document.spans):
+            raise DirectDiffersError
+
+    def _render_fully(self, record: object) -> Rendering:
+        chats = self._encoder.chats(self._unit.source)
+        with chats.indirectly():
+            return self._records.read(_parse(record) if type(record) is bytes else record)
+
+    def _reject(self, position: int, record: object, error: ValueError) -> None:
+        if self._options.on_error == "stop":
+            raise ValueError(f"{locate(self._unit, position)}: {error}") from None
+        self._ledger.read(self._spec.name, 1, 0)
+        self._ledger.drop(self._spec.name, "error", 1, 0)
+        text = record.decode(errors="backslashreplace") if type(record) is bytes else repr(record)
+        where = locate(self._unit, position).replace(self._unit.path, Path(self._unit.path).name, 1)
+        self.rejected.append(
+            json.dumps({"where": where, "reason": str(error), "record": text[:_REJECT_CHARACTERS]}, ensure_ascii=True)
+        )
+
+    def _encode(self, batch: Sequence[_Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Items → (ids int32[T], mask uint8[T], offsets int64[N+1]) of the documents that are kept."""
+        texts = [item for item in batch if type(item.document) is Rendering]
+        ids, mask, offsets, good = self._encode_texts(texts) if texts else (None, None, None, [])
+        if len(good) < len(batch):
+            ids, mask, offsets = self._interleave(batch, texts, ids, mask, offsets, good)
         # Nothing precedes the first token, so nothing can predict it.
-        mask[:1] = 0
-        return ids, mask
+        lengths = np.diff(offsets)
+        mask[offsets[:-1][lengths > 0]] = 0
+        return self._keep(ids, mask, offsets)
+
+    def _encode_texts(self, items: Sequence[_Item]):
+        """(ids, mask, offsets, index of each row among `items`) of the texts that could be encoded."""
+        tokens = self._encoder.tokens
+        encoded, bad = tokens.encode([item.document.text for item in items], fast=self._encoder.fast)
+        limits = [item.document.controls for item in items]
+        allowed = np.array([-1 if limit is None else limit for limit in limits])
+        replaced = {}
+        for i in np.flatnonzero((allowed >= 0) & (tokens.control_counts(encoded) != allowed)).tolist():
+            if i in bad:
+                continue
+            try:
+                if items[i].document.literals is None:
+                    items[i].document = self._render_fully(items[i].record)
+                replaced[i] = tokens.encode_guarded(items[i].document.text, items[i].document.literals)
+            except ValueError as error:
+                bad[i] = str(error)
+        if replaced:
+            encoded = replace_rows(encoded, replaced, len(items))
+            self._ledger.note(self._spec.name, "control_tokens_kept_as_text", len(replaced))
+        for i, reason in sorted(bad.items()):
+            self._reject(items[i].position, items[i].record, ValueError(reason))
+        documents = [item.document for item in items]
+        ids, mask, offsets = self._targets(documents, encoded)
+        if not bad:
+            return ids, mask, offsets, range(len(items))
+        good = [i for i in range(len(items)) if i not in bad]
+        return *select_rows(ids, mask, offsets, np.array(good, np.int64)), good
+
+    def _targets(self, documents: Sequence[Rendering], encoded):
+        """Masks of all texts at once: every text gets a range of its own on one axis of bytes."""
+        sizes = utf8_sizes([document.text for document in documents])
+        base = np.cumsum(sizes) - sizes
+        spans, owners = [], []
+        for i, document in enumerate(documents):
+            found = byte_spans(document.text, document.spans)
+            spans += found
+            owners += [i] * len(found)
+        bounds = np.array(spans, np.int64).reshape(-1, 2) + base[np.array(owners, np.int64)][:, None]
+        shift = np.repeat(base, np.diff(encoded.offsets))
+        mask = target_mask(encoded.starts + shift, encoded.ends + shift, bounds)
+        return self._add_around(documents, encoded.ids, mask, encoded.offsets)
+
+    def _add_around(self, documents: Sequence[Rendering], ids, mask, offsets):
+        """bos before and eos behind plain texts."""
+        folder = self._encoder.folder
+        prefix = np.array(folder.prefix_ids, np.int32)
+        suffix = np.array([] if folder.eos_id is None else [folder.eos_id], np.int32)
+        around = np.fromiter((document.around for document in documents), bool, len(documents))
+        if not around.any() or not len(prefix) + len(suffix):
+            return ids, mask, offsets
+        lengths = np.diff(offsets)
+        grown = np.zeros(len(offsets), np.int64)
+        np.cumsum(lengths + around * (len(prefix) + len(suffix)), out=grown[1:])
+        out_ids, out_mask = np.empty(grown[-1], np.int32), np.zeros(grown[-1], np.uint8)
+        starts = grown[:-1] + around * len(prefix)
+        target = np.arange(len(ids)) + np.repeat(starts - offsets[:-1], lengths)
+        out_ids[target], out_mask[target] = ids, mask
+        for k, token in enumerate(prefix):
+            out_ids[grown[:-1][around] + k] = token
+        for token in suffix:
+            out_ids[grown[1:][around] - 1] = token
+            eos = np.fromiter((document.eos_is_target for document in documents), np.uint8, len(documents))
+            out_mask[grown[1:][around] - 1] = eos[around]
+        return out_ids, out_mask, grown
+
+    def _interleave(self, batch, texts, ids, mask, offsets, good):
+        """Put documents that came as tokens between the encoded ones, in the order of the input."""
+        row = {id(texts[i]): k for k, i in enumerate(good)}
+        all_ids, all_masks = [np.empty(0, np.int32)], [np.empty(0, np.uint8)]
+        lengths = [0]
+        for item in batch:
+            if type(item.document) is Tokens:
+                all_ids.append(item.document.ids)
+                all_masks.append(item.document.mask)
+                if item.document.removed:
+                    self._ledger.note(self._spec.name, "padding_removed", item.document.removed)
+            elif id(item) in row:
+                part = slice(offsets[row[id(item)]], offsets[row[id(item)] + 1])
+                all_ids.append(ids[part])
+                all_masks.append(mask[part])
+            else:
+                continue
+            lengths.append(len(all_ids[-1]))
+        return np.concatenate(all_ids), np.concatenate(all_masks), np.cumsum(lengths)
+
+    def _keep(self, ids, mask, offsets):
+        """Drop documents that have nothing to give, and enter all in the ledger."""
+        lengths = np.diff(offsets)
+        targets = segment_sums(mask, offsets)
+        empty = lengths == 0
+        untrained = (targets == 0) & ~empty & (not self._options.keep_untrained)
+        kept = ~empty & ~untrained
+        name = self._spec.name
+        self._ledger.read(name, len(lengths), len(ids))
+        if empty.any():
+            self._ledger.drop(name, "empty", int(empty.sum()), 0)
+        if untrained.any():
+            self._ledger.drop(name, "no_targets", int(untrained.sum()), int(lengths[untrained].sum()))
+        self._ledger.keep(name, int(kept.sum()), int(lengths[kept].sum()))
+        if kept.all():
+            return ids, mask, offsets
+        return select_rows(ids, mask, offsets, np.flatnonzero(kept))
+
+
+def select_rows(ids, mask, offsets, rows: np.ndarray):
+    """Some rows of a batch: (ids, mask, offsets)."""
+    lengths = np.diff(offsets)[rows]
+    chosen = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(lengths, out=chosen[1:])
+    positions = np.arange(chosen[-1]) + np.repeat(offsets[rows] - chosen[:-1], lengths)
+    return ids[positions], mask[positions], chosen
+
+
+def _parse(line: bytes) -> object:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"not readable as JSON ({error})") from None

@@ -1,0 +1,113 @@
+"""Chats → renderings: through Jinja with marks, or directly where the template is known to be a plain one."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from prep.encode.direct import DirectRenderer, only_frames
+from prep.encode.masks import Rendering, complement
+from prep.encode.options import MaskPolicy
+from prep.encode.templates import ChatTemplate, MarkedChat, TemplateMismatchError
+from prep.encode.turns import TurnMarks, probe_turns, trained_spans
+
+
+class ChatRenderer:
+    """Renders the chats of one template.
+
+    Args:
+        template: the compiled template.
+        control: pattern of control tokens, or None.
+        policy: what is trained.
+        direct: render plain chats without Jinja where the template allows it. `disable_direct` turns it off later.
+    """
+
+    def __init__(self, template: ChatTemplate, control: re.Pattern | None, policy: MaskPolicy, direct: bool = True):
+        self._template = template
+        self._control = control
+        self._policy = policy
+        self._turns: TurnMarks | None = None
+        inspection = only_frames(template) if direct else None
+        self._direct = DirectRenderer(inspection) if inspection is not None else None
+
+    @property
+    def turns(self) -> TurnMarks:
+        """What the template writes around a turn."""
+        if self._turns is None:
+            self._turns = probe_turns(self._template, self._control)
+        return self._turns
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether plain chats are rendered without Jinja."""
+        return self._direct is not None
+
+    def disable_direct(self) -> None:
+        """Render every chat through Jinja from now on."""
+        self._direct = None
+
+    @contextmanager
+    def indirectly(self) -> Iterator[None]:
+        """Inside, every chat goes through Jinja."""
+        direct, self._direct = self._direct, None
+        try:
+            yield
+        finally:
+            self._direct = direct
+
+    def render(self, messages: Sequence[dict], tools: Sequence | None, guard: bool = True) -> Rendering:
+        """A chat as text with the spans to train on. `guard`: control tokens in the words of the chat are text.
+
+        Raises:
+            ValueError: the template refuses the chat, or its words cannot be located in the rendering.
+        """
+        if self._direct is not None and tools is None:
+            rendering = self._direct.render(messages)
+            if rendering is not None:
+                if not guard:
+                    rendering.controls = None
+                return rendering
+        return self.render_marked(messages, tools, guard)
+
+    def render_marked(self, messages: Sequence[dict], tools: Sequence | None, guard: bool = True) -> Rendering:
+        """The same through Jinja, always."""
+        turns = self.turns
+        # As in transformers: a key without a value is no key (templates would write the word None).
+        given, messages = messages, [{k: v for k, v in message.items() if v is not None} for message in messages]
+        for number, message in enumerate(messages, 1):
+            if isinstance(message.get("content"), list):
+                _check_parts(message["content"], number)
+        try:
+            chat = self._locate(messages, tools)
+        except TemplateMismatchError:
+            raise
+        except ValueError:
+            # Some templates (DeepSeek) ask for a content that is there and none.
+            if [len(message) for message in given] == [len(message) for message in messages]:
+                raise
+            messages = list(given)
+            chat = self._locate(messages, tools)
+        spans = trained_spans(chat, messages, self._template, turns, self._policy)
+        literals = complement([(start, end) for _, start, end in chat.words], len(chat.text))
+        controls = None
+        if guard and self._control is not None:
+            controls = sum(1 for s, e in literals for _ in self._control.finditer(chat.text, s, e))
+        rendering = Rendering(chat.text, spans, controls, literals)
+        if self._direct is not None and tools is None and guard:
+            self._direct.learn(messages, rendering, chat)
+        return rendering
+
+    def _locate(self, messages: Sequence[dict], tools: Sequence | None) -> MarkedChat:
+        join_lists = not self.turns.takes_lists
+        try:
+            return self._template.render_marked(messages, tools, join_lists)
+        except TemplateMismatchError:
+            return self._template.render_marked(messages, tools, join_lists, cut_at_tags=True)
+
+
+def _check_parts(parts: Sequence, number: int) -> None:
+    for part in parts:
+        if isinstance(part, str):
+            continue
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type", "something unknown") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"content of message {number} holds {kind!r}; only text parts are possible")

@@ -1,0 +1,288 @@
+"""Texts → token ids with the byte range of every token.
+
+Ids are those of Hugging Face `tokenizers` on the whole text; a text is never cut where a merge could cross the cut.
+The byte range of a token comes from its own length where that is proven to add up to the text (byte-level and
+byte-fallback BPE on text that the normaliser leaves alone), and from the library's offset tracking, which is several
+times slower, elsewhere. `fastokens`, which tracks no offsets at all, is many times faster than either.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+import xxhash
+
+from prep.encode.tokenizer import TokenizerFolder
+
+_TWIN = 0x10F000  # private-use characters from here on stand for control tokens in `encode_guarded`
+_SAMPLE_CHARACTERS = 2000
+SAMPLE_FRACTION = 0.0025
+"""Share of the text that is compared with Hugging Face: 1 % would already cost a quarter of the time."""
+
+
+class EngineDiffersError(Exception):
+    """fastokens gave other ids than Hugging Face tokenizers."""
+
+
+class Encoded(NamedTuple):
+    """Tokens of a batch of texts, flat; text i has tokens `offsets[i]:offsets[i+1]`.
+
+    ids int32[T]; starts, ends int64[T] (byte range of each token within its own text); offsets int64[N+1].
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    offsets: np.ndarray
+
+
+class TokenEncoder:
+    """Encodes texts; one per process.
+
+    Args:
+        folder: the tokenizer folder.
+        engine: `hf`, or `fast` (see `can_be_fast`).
+    """
+
+    def __init__(self, folder: TokenizerFolder, engine: str):
+        self._folder = folder
+        self._hf = folder.tokenizer
+        self._fast = None
+        self._budget = 0.0
+        self.compared = 0
+        """Pieces of text that were compared with Hugging Face since `reset`."""
+        if engine == "fast":
+            import fastokens  # an extra: not everyone has it
+
+            self._fast = fastokens.Tokenizer.from_json_str(folder.json_text)
+
+    def reset(self) -> None:
+        """Begin a work unit: what is compared depends on the unit alone."""
+        self._budget = 0.0
+        self.compared = 0
+
+    def encode(self, texts: Sequence[str], fast: bool = True) -> tuple[Encoded, dict[int, str]]:
+        """Ids and byte ranges of texts in which control tokens are control tokens. Nothing is added around.
+
+        Args:
+            texts: N texts.
+            fast: use the fast engine if this encoder has it.
+
+        Returns:
+            The tokens, and the reasons for texts that cannot be encoded: {index: reason}.
+
+        Raises:
+            EngineDiffersError: the fast engine gave other ids than Hugging Face on a piece of the sample.
+        """
+        texts = list(texts)
+        if self._fast is not None and fast:
+            self._compare(texts)
+            ids, offsets = self._encode_fast(texts)
+        elif self._folder.byte_lengths is not None:
+            ids, offsets = self._encode_hf(texts)
+        else:
+            return self._replace(None, {i: _encode_with_offsets(self._hf, text) for i, text in enumerate(texts)}, texts)
+        starts, ends, proven = self._byte_ranges(ids, offsets, texts)
+        encoded = Encoded(ids, starts, ends, offsets)
+        if proven.all():
+            return encoded, {}
+        slow = {int(i): _encode_with_offsets(self._hf, texts[i]) for i in np.flatnonzero(~proven)}
+        return self._replace(encoded, slow, texts)
+
+    def _replace(self, encoded: Encoded | None, slow: dict[int, Encoded], texts) -> tuple[Encoded, dict[int, str]]:
+        """Put texts encoded one by one into a batch; a text that lost characters is none of ours to pass on."""
+        bad = {}
+        for i, one in slow.items():
+            lost = _lost_text(one, texts[i])
+            if lost:
+                bad[i] = f"the tokenizer's vocabulary cannot express {lost!r} and would drop it"
+        return replace_rows(encoded, slow, len(texts)), bad
+
+    def encode_guarded(self, text: str, literals: Sequence[tuple[int, int]]) -> Encoded:
+        """One text in which control tokens count only inside `literals` (character ranges); elsewhere they are text.
+
+        The real ones are swapped for private characters that a second tokenizer knows as ordinary added tokens while it
+        takes every control token for text, so that cuts, merges and offsets are the library's own.
+
+        Raises:
+            ValueError: the tokenizer makes control tokens out of plain text all the same.
+        """
+        if any(
+            chr(_TWIN) <= character <= chr(_TWIN + len(self._twins)) for character in text if character > "\U00010000"
+        ):
+            raise ValueError("the record holds private-use characters from U+10F000 on, which mark control tokens here")
+        pieces, swapped, last = [], [], 0
+        for begin, stop in literals:
+            for match in self._folder.control_pattern.finditer(text, begin, stop):
+                pieces += [text[last : match.start()], self._twins[match.group()]]
+                swapped.append((match.start(), len(match.group().encode())))
+                last = match.end()
+        ids, starts, ends, offsets = _encode_with_offsets(self._guard, "".join([*pieces, text[last:]]))
+        # Back to the bytes of the real text: every swapped token before a position shifts it.
+        width = len(chr(_TWIN).encode())
+        real = np.array([len(text[:position].encode()) for position, _ in swapped], np.int64)
+        shifts = np.concatenate([[0], np.cumsum([length - width for _, length in swapped])]).astype(np.int64)
+        guarded = real - shifts[:-1]
+        starts = starts + shifts[np.searchsorted(guarded, starts, side="left")]
+        ends = ends + shifts[np.searchsorted(guarded, ends, side="left")]
+        is_twin = ids >= self._folder.vocab_size
+        table = np.array(list(self._folder.control_tokens.values()), np.int32)
+        ids[is_twin] = table[ids[is_twin] - self._folder.vocab_size]
+        if int(self._folder.is_control[ids].sum()) != len(swapped):
+            raise ValueError(
+                "the tokenizer makes control tokens out of the record's own text; --allow-special permits it"
+            )
+        return Encoded(ids, starts, ends, offsets)
+
+    def control_counts(self, encoded: Encoded) -> np.ndarray:
+        """Control tokens of each text, int64[N]."""
+        return segment_sums(self._folder.is_control[encoded.ids], encoded.offsets)
+
+    @cached_property
+    def _twins(self) -> dict[str, str]:
+        return {token: chr(_TWIN + i) for i, token in enumerate(self._folder.control_tokens)}
+
+    @cached_property
+    def _guard(self) -> tokenizers.Tokenizer:
+        guard = self._folder.new_tokenizer()
+        flags = {token["content"]: token for token in self._folder.added_tokens}
+        for number, (token, twin) in enumerate(self._twins.items()):
+            kept = {name: flags[token][name] for name in ("single_word", "lstrip", "rstrip")}
+            guard.add_tokens([tokenizers.AddedToken(twin, special=False, normalized=False, **kept)])
+            if guard.token_to_id(twin) != self._folder.vocab_size + number:
+                raise ValueError(
+                    f"{self._folder.path}: the ids of this vocabulary have gaps, so control tokens inside texts cannot "
+                    "be kept apart; --allow-special takes them for control tokens"
+                )
+        guard.encode_special_tokens = True
+        return guard
+
+    def _encode_hf(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        batch = self._hf.encode_batch_fast(texts, add_special_tokens=False)
+        return flatten([np.array(encoding.ids, np.int32) for encoding in batch])
+
+    def _encode_fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            ids, offsets = self._fast.encode_batch_flat(texts)
+        except ValueError:
+            # It refuses what it cannot express, without saying which text: close in on it.
+            if len(texts) == 1:
+                return self._encode_hf(texts)
+            half = len(texts) // 2
+            parts = [self._encode_fast(texts[:half]), self._encode_fast(texts[half:])]
+            offsets = np.concatenate([parts[0][1], parts[1][1][1:] + parts[0][1][-1]])
+            return np.concatenate([parts[0][0], parts[1][0]]), offsets
+        return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
+
+    def _compare(self, texts: list[str]) -> None:
+        """Compare both engines on a deterministic sample of the texts: whole ones where short, else pieces."""
+        self._budget += SAMPLE_FRACTION * sum(map(len, texts))
+        sample = []
+        order = sorted(range(len(texts)), key=lambda i: xxhash.xxh3_64_intdigest(i.to_bytes(8, "little")))
+        for i in order:
+            text = texts[i]
+            if len(text) > _SAMPLE_CHARACTERS:
+                start = xxhash.xxh3_64_intdigest(text[:64].encode()) % (len(text) - _SAMPLE_CHARACTERS)
+                text = text[start : start + _SAMPLE_CHARACTERS]
+            if self._budget < len(text):
+                break
+            self._budget -= len(text)
+            sample.append(text)
+        if not sample:
+            return
+        ids, offsets = self._encode_fast(sample)
+        expected, expected_offsets = self._encode_hf(sample)
+        self.compared += len(sample)
+        if not (np.array_equal(ids, expected) and np.array_equal(offsets, expected_offsets)):
+            raise EngineDiffersError
+
+    def _byte_ranges(self, ids: np.ndarray, offsets: np.ndarray, texts: list[str]):
+        """Byte ranges from token lengths: (starts int64[T], ends int64[T], proven bool[N]).
+
+        A text is proven when the lengths of its tokens add up to its own bytes and the normaliser leaves it alone:
+        such a tokenizer only ever drops bytes (a vocabulary that lacks them), so a full sum means that none is missing.
+        """
+        lengths = self._folder.byte_lengths[ids]
+        cumulated = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(lengths, out=cumulated[1:])
+        base = cumulated[offsets[:-1]]
+        proven = cumulated[offsets[1:]] - base == utf8_sizes(texts)
+        if self._folder.changes_text is not None:
+            proven &= ~np.fromiter(map(self._folder.changes_text, texts), bool, len(texts))
+        shift = np.repeat(base, np.diff(offsets))
+        return cumulated[:-1] - shift, cumulated[1:] - shift, proven
+
+
+def can_be_fast(folder: TokenizerFolder) -> bool:
+    """Whether fastokens is installed, reads this tokenizer, and its byte ranges can be computed."""
+    try:
+        import fastokens
+
+        fastokens.Tokenizer.from_json_str(folder.json_text)
+    except (ImportError, ValueError, RuntimeError):
+        return False
+    return folder.byte_lengths is not None
+
+
+def utf8_sizes(texts: Sequence[str]) -> np.ndarray:
+    """Bytes of each text, int64[N]."""
+    return np.fromiter((len(t) if t.isascii() else len(t.encode()) for t in texts), np.int64, len(texts))
+
+
+def flatten(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids → (flat int32[T], offsets int64[N+1])."""
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    return (np.concatenate(rows) if rows else np.empty(0, np.int32)), offsets
+
+
+def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sum of values in each `offsets[i]:offsets[i+1]`, int64[N]."""
+    cumulated = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, out=cumulated[1:])
+    return np.diff(cumulated[offsets])
+
+
+def replace_rows(encoded: Encoded | None, rows: dict[int, Encoded], count: int) -> Encoded:
+    """A batch of `count` texts with some of them replaced by single encodings."""
+    pieces = []
+    for i in range(count):
+        if i in rows:
+            pieces.append(rows[i])
+        else:
+            part = slice(encoded.offsets[i], encoded.offsets[i + 1])
+            pieces.append(Encoded(encoded.ids[part], encoded.starts[part], encoded.ends[part], None))
+    ids, offsets = flatten([piece.ids for piece in pieces])
+    empty = [np.empty(0, np.int64)]
+    starts = np.concatenate(empty + [piece.starts for piece in pieces])
+    ends = np.concatenate(empty + [piece.ends for piece in pieces])
+    return Encoded(ids, starts, ends, offsets)
+
+
+def _encode_with_offsets(tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
+    """One text by the library's own offset tracking (characters, turned into bytes here)."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ranges = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    if not text.isascii():
+        code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        widths = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
+        ranges = np.concatenate([[0], np.cumsum(widths)])[ranges]
+    ids = np.array(encoding.ids, np.int32)
+    return Encoded(ids, ranges[:, 0], ranges[:, 1], np.array([0, len(ids)], np.int64))
+
+
+def _lost_text(encoded: Encoded, text: str) -> str:
+    """The first text, but white space, that no token covers; empty when nothing is lost."""
+    data = text.encode()
+    covered = 0
+    ends = np.maximum.accumulate(encoded.ends) if len(encoded.ends) else encoded.ends
+    for gap in np.flatnonzero(encoded.starts[1:] > ends[:-1]).tolist() if len(ends) else []:
+        lost = data[ends[gap] : encoded.starts[gap + 1]].decode(errors="replace")
+        if lost.strip(" \t\r\n"):
+            return lost[:40]
+    covered = int(ends[-1]) if len(ends) else 0
+    edges = data[: int(encoded.starts[0]) if len(ends) else 0] + data[covered:]
+    lost = edges.decode(errors="replace")
+    return lost[:40] if lost.strip(" \t\r\n") else ""
