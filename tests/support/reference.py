@@ -16,7 +16,7 @@ Document = tuple[Tensor, Tensor]
 
 
 class KeepDouble(TorchFunctionMode):
-    """Lets transformers run in float64: its norms, rotary tables and losses cast to float32 whatever the model is."""
+    """Lets transformers run in float64: its norms, rotary tables and softmax cast to float32 whatever the model is."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -24,8 +24,8 @@ class KeepDouble(TorchFunctionMode):
             return args[0].double()
         if func is torch.Tensor.to:
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
+        if func in (torch.Tensor.to, nn.functional.softmax) and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
 

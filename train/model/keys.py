@@ -55,8 +55,9 @@ class Keys:
             raise ValueError(f"config.json has no {key!r}, which a {self.family} model needs.")
         return self._config.get(key, default)
 
-    def activation(self, key: str = "hidden_act") -> str:
-        name = self.take(key, "silu")
+    def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
+        """Our name of the activation that `key` names."""
+        name = self.take(key, None) or default
         if name not in ACTIVATIONS:
             raise ValueError(f"Activation {name!r} is not supported: {key} may be {', '.join(ACTIVATIONS)}.")
         return ACTIVATIONS[name]
@@ -74,25 +75,34 @@ class Keys:
                 )
 
 
-def read_rope(keys: Keys, head_dim: int, which: str | None = None, theta_key: str = "rope_theta") -> Rope:
+def read_rope(
+    keys: Keys,
+    head_dim: int,
+    which: str | None = None,
+    theta_key: str = "rope_theta",
+    default_theta: float = 10000.0,
+) -> Rope:
     """The rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
-    `which` selects the kind of layer where `rope_parameters` has one entry for each.
+    `which` selects the kind of layer where `rope_parameters` has an entry for each. A `theta_key` other than
+    "rope_theta" is the old form of layers that `rope_scaling` does not concern (Gemma 3's windowed ones).
     """
-    parameters = keys.take("rope_parameters", None)
-    if parameters is not None and which is not None and which in parameters:
+    parameters = keys.take("rope_parameters", None) or {}
+    if which in parameters:
         parameters = parameters[which]
-    scaling = keys.take("rope_scaling", None)
-    theta = keys.take(theta_key, 10000.0)
-    fraction = keys.take("partial_rotary_factor", 1.0)
-    # The old form has the context before stretching in either place.
+    theta = keys.take(theta_key, None) or default_theta
+    scaling = keys.take("rope_scaling", None) or {}
+    if theta_key != "rope_theta":
+        scaling = {}
+    fraction = keys.take("partial_rotary_factor", None) or 1.0
+    given = {"rope_theta": theta, "partial_rotary_factor": fraction, **scaling, **parameters}
+    # Where the context before stretching is written down: with the scaling, beside it, or not at all.
     context = keys.take("original_max_position_embeddings", None) or keys.take("max_position_embeddings")
-    given = {"rope_theta": theta, "partial_rotary_factor": fraction, **(scaling or {}), **(parameters or {})}
+    context = given.pop("original_max_position_embeddings", None) or context
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
     dim = int(head_dim * given.pop("partial_rotary_factor"))
     common = {"theta": given.pop("rope_theta"), "dim": dim, "kind": kind}
-    context = given.pop("original_max_position_embeddings", None) or context
     if kind == "default":
         given.pop("factor", None)
         rope = Rope(**common)
