@@ -4,6 +4,7 @@
 parallelize → load → optimizer → resume → loop → export.
 """
 
+import json
 import os
 import shlex
 import signal
@@ -176,7 +177,8 @@ class StopSignal:
 
 def resume_command() -> str:
     """The command line of this run with `--resume auto`, as a person would type it."""
-    arguments = [a for i, a in enumerate(sys.argv[1:]) if a != "--resume" and sys.argv[i] != "--resume"]
+    before = [None, *sys.argv[1:]]
+    arguments = [a for a, b in zip(sys.argv[1:], before, strict=False) if "--resume" not in (a, b)]
     arguments = [a for a in arguments if not a.startswith("--resume=")]
     launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
@@ -186,29 +188,37 @@ def resume_command() -> str:
     return shlex.join([*launcher, sys.argv[0], *arguments, "--resume", "auto"])
 
 
+def fail(error: Exception) -> int:
+    """Say why the run ends, on stderr and in the summary that torchrun prints after it; returns the exit code.
+
+    A ValueError is a sentence for the user. Anything else is a defect and shows where.
+    """
+    message = f"train: error: {error}" if isinstance(error, ValueError) else traceback.format_exc()
+    print(message, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+    return 1
+
+
 def main(argv: list[str]) -> int:
     """Exit code of the run. What is wrong is said once, by the first rank that meets it: its peers fail after it, with
     errors of a torn connection that would only hide the reason."""
-    rank = int(os.environ.get("RANK", "0"))
     try:
         config = parse(argv)
         store = start_process_group(pick_device(config.layout.device))
     except ValueError as error:
-        if rank == 0:
-            print(f"train: error: {error}", file=sys.stderr)
-        return 1
+        return fail(error) if os.environ.get("RANK", "0") == "0" else 1
     try:
         train(config)
     except Exception as error:
         try:
             first = store.add("failed", 1) == 1
-        except Exception:  # the store went down with the rank that failed first
+        except RuntimeError:  # the store went down with the rank that failed first
             first = False
-        if first and isinstance(error, ValueError):
-            print(f"train: error: {error}", file=sys.stderr)
-        elif first:
-            traceback.print_exc()
-        sys.stderr.flush()
+        if first:
+            return fail(error)
+        time.sleep(1)  # torchrun ends the others as soon as one has left: let the first one speak
         return 1
     dist.destroy_process_group()
     return 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from train.config import Layout
 
@@ -98,13 +99,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def start_process_group(device: torch.device) -> None:
-    """Join the ranks that torchrun started, or make a world of one. CUDA runs get gloo beside NCCL for host tensors."""
+def start_process_group(device: torch.device) -> dist.Store:
+    """Join the ranks that torchrun started, or make a world of one; returns the store that all ranks share.
+
+    CUDA runs get gloo beside NCCL, for tensors of the host.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world_size = next(rendezvous("env://"))
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size)
+    return store
 
 
 def set_threads(threads: int) -> None:

@@ -49,7 +49,7 @@ class Metrics:
     A terminal gets one live line with a progress bar, anything else plain lines.
     """
 
-    def __init__(self, out: Path, steps: int, first_step: int, *, enabled: bool, stream: TextIO = sys.stderr):
+    def __init__(self, out: Path, steps: int, first_step: int, *, enabled: bool):
         self._file: TextIO | None = None
         self._progress: Progress | None = None
         self._steps, self._enabled = steps, enabled
@@ -60,7 +60,7 @@ class Metrics:
             (Path(out) / METRICS_NAME).unlink(missing_ok=True)
         cut_back(Path(out) / METRICS_NAME, first_step)
         self._file = open(Path(out) / METRICS_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._console = Console(file=stream, soft_wrap=True, highlight=False)
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),

@@ -85,8 +85,8 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: PackedLoader, steps: int, mesh: Mesh) -> float:
-    """Mean loss over the target tokens of `steps` steps of `loader`; nan when there is no target."""
+def evaluate(model: nn.Module, loader: PackedLoader, steps: int, mesh: Mesh) -> tuple[float, int]:
+    """Mean loss over the target tokens of `steps` steps of `loader` (0 when there is none), and their number."""
     model.eval()
     targets = 0
     total = None
@@ -97,5 +97,4 @@ def evaluate(model: nn.Module, loader: PackedLoader, steps: int, mesh: Mesh) -> 
             total = loss if total is None else total + loss
     model.train()
     assert total is not None, "an evaluation has at least one step"
-    summed = sum_over(mesh, total, LOSS_AXES).item()
-    return summed / targets if targets else math.nan
+    return sum_over(mesh, total, LOSS_AXES).item() / max(1, targets), targets
