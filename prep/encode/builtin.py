@@ -1,11 +1,100 @@
-"""Which chat template a source gets: a built-in one, a file, or the tokenizer folder's own."""
+"""Which chat template a source gets: a built-in one, a file, or the tokenizer folder's own.
+
+The built-in ones frame plain chats as the model families do; for tools and reasoning take the family's own template.
+"""
 
 from pathlib import Path
 
 from prep.encode.tokenizer import TokenizerFolder
 
-BUILTIN = ("chatml", "llama3", "gemma", "phi", "mistral", "qwen", "deepseek", "plain")
-_FOLDER = Path(__file__).parent / "builtin_templates"
+BUILTIN = {
+    "chatml": r"""{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+""",
+    "llama3": r"""{{- bos_token -}}
+{%- for message in messages -%}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
+{%- endif -%}
+""",
+    "gemma": r"""{{- bos_token -}}
+{%- set ns = namespace(prefix='') -%}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}
+        {%- set ns.prefix = ns.prefix + message.content | trim + '\n\n' -%}
+    {%- else -%}
+        {%- set role = 'model' if message.role == 'assistant' else message.role -%}
+        {{- '<start_of_turn>' + role + '\n' + ns.prefix + message.content | trim + '<end_of_turn>\n' -}}
+        {%- set ns.prefix = '' -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<start_of_turn>model\n' -}}
+{%- endif -%}
+""",
+    "phi": r"""{%- for message in messages -%}
+    {{- '<|' + message.role + '|>\n' + message.content + '<|end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant|>\n' -}}
+{%- endif -%}
+""",
+    "mistral": r"""{{- bos_token -}}
+{%- set ns = namespace(prefix='') -%}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}
+        {%- set ns.prefix = ns.prefix + message.content | trim + '\n\n' -%}
+    {%- elif message.role == 'user' -%}
+        {{- '[INST] ' + ns.prefix + message.content | trim + ' [/INST]' -}}
+        {%- set ns.prefix = '' -%}
+    {%- elif message.role == 'assistant' -%}
+        {{- ' ' + message.content | trim + eos_token -}}
+    {%- else -%}
+        {{- raise_exception('the built-in mistral template knows the roles system, user and assistant') -}}
+    {%- endif -%}
+{%- endfor -%}
+""",
+    "qwen": r"""{%- if messages[0].role != 'system' -%}
+    {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+""",
+    "deepseek": r"""{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}
+        {{- message.content -}}
+    {%- elif message.role == 'user' -%}
+        {{- '<｜User｜>' + message.content -}}
+    {%- elif message.role == 'assistant' -%}
+        {{- '<｜Assistant｜>' + message.content + '<｜end▁of▁sentence｜>' -}}
+    {%- else -%}
+        {{- raise_exception('the built-in deepseek template knows the roles system, user and assistant') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<｜Assistant｜>' -}}
+{%- endif -%}
+""",
+    "plain": r"""{%- for message in messages -%}
+    {{- message.role | capitalize + ': ' + message.content -}}
+    {{- (eos_token if message.role == 'assistant' else '') + '\n\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'Assistant: ' -}}
+{%- endif -%}
+""",
+}
 
 
 def load_template(name: str | None, folder: TokenizerFolder) -> str | None:
@@ -17,7 +106,7 @@ def load_template(name: str | None, folder: TokenizerFolder) -> str | None:
     if name is None:
         return folder.chat_template
     if name in BUILTIN:
-        return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+        return BUILTIN[name]
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

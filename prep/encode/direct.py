@@ -176,6 +176,8 @@ class _Reading:
     def _filter(self, node: nodes.Filter) -> bool:
         if node.name in _EDGE_FILTERS:
             return not node.args
+        if _names(node.node) <= {"message", "role"}:
+            return True
         if node.name == "tojson":
             return _names(node.node) <= _TOOL_NAMES
         return node.name in _LIST_FILTERS and isinstance(node.node, nodes.Name) and "messages" in node.node.name

@@ -5,7 +5,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class TokenizerFolder:
     """What a tokenizer folder holds, read once. `read_tokenizer` makes it."""
 
     path: Path
-    json_text: str
+    json_text: str = field(repr=False)
     config: dict
     special_tokens: dict[str, str]
     """Named special tokens (`bos_token`, `eos_token` …) as templates see them."""
