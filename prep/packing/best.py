@@ -21,8 +21,8 @@ LP_WORK = 10**9
 
 def best(h: Histogram, max_docs: int) -> tuple[Plan, int]:
     """(plan, proven bound); never more bins than `ffd` or `bfd`."""
-    bound = lower_bound(h, max_docs)
     plan = bfd(h, max_docs)
+    bound = lower_bound(h, max_docs, plan.num_bins)
     if plan.num_bins > bound:
         plan = min(plan, ffd(h, max_docs), key=_bins)
     for leaves, patient in COMPLETIONS:

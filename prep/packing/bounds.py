@@ -10,48 +10,72 @@ the capacity never share a bin.
 """
 
 import numpy as np
+from numba import njit
 
 from prep.packing.lengths import Histogram
 
-MOST_K = 30
+MOST_K = 20
 
 
-def lower_bound(h: Histogram, max_docs: int) -> int:
-    """The largest of L2, the bounds by u_1 … u_30 and ⌈N / max_docs⌉; O(D) numpy operations on the histogram."""
+def lower_bound(h: Histogram, max_docs: int, known: int | None = None) -> int:
+    """The largest of ⌈N / max_docs⌉, L2 and the bounds by u_1 … u_20. O(D).
+
+    known: the bins of a packing; when L2 meets them it is the optimum, and nothing else is computed.
+    """
     if h.num_docs == 0:
         return 0
-    return max(
-        -(-h.num_docs // max_docs),
-        l2(h.sizes, h.counts, h.capacity),
-        fekete_schepers(h.sizes, h.counts, h.capacity),
-    )
+    bound = max(-(-h.num_docs // max_docs), l2(h.sizes, h.counts, h.capacity))
+    if bound == known:
+        return bound
+    return max(bound, fekete_schepers(h.sizes, h.counts, h.capacity))
 
 
 def l2(sizes: np.ndarray, counts: np.ndarray, capacity: int) -> int:
     """Martello & Toth's L2 for `counts[i]` documents of `sizes[i]` (int64, sizes strictly decreasing)."""
-    number = np.zeros(sizes.size + 1, np.int64)  # number[i], weight[i]: of the i largest sizes
-    weight = np.zeros(sizes.size + 1, np.int64)
-    np.cumsum(counts, out=number[1:])
-    np.cumsum(sizes * counts, out=weight[1:])
-    half = int(np.searchsorted(-sizes, -(capacity // 2), side="left"))  # sizes[:half] > capacity / 2
-    if half == sizes.size:
-        return int(number[half])
-    # Only thresholds equal to a size change anything, and the smallest size covers a = 0.
-    alone = np.searchsorted(-sizes, sizes[half:] - capacity, side="left")  # sizes[:alone] > capacity − a
-    alone = np.minimum(alone, half)
-    room = (number[half] - number[alone]) * capacity - (weight[half] - weight[alone])
-    extra = -((room - (weight[half + 1 :] - weight[half])) // capacity)
-    return int(number[half] + max(0, int(extra.max())))
+    return int(_l2(sizes, counts, capacity))
 
 
 def fekete_schepers(sizes: np.ndarray, counts: np.ndarray, capacity: int) -> int:
-    """max over k ≤ 30 of ⌈Σ count · u_k(size)⌉, u_k(x) = x where (k+1)·x is whole, else ⌊(k+1)·x⌋ / k, x = size/C."""
-    best = 0
-    for k in range(1, MOST_K + 1):
-        scaled = (k + 1) * sizes
-        whole, rest = np.divmod(scaled, capacity)
-        exact = rest == 0
-        # Σ over sizes with a whole multiple of count·size / C, plus Σ over the others of count·whole / k.
-        a, b = int((counts * sizes)[exact].sum()), int((counts * whole)[~exact].sum())
-        best = max(best, -(-(a * k + b * capacity) // (k * capacity)))
-    return best
+    """max over k ≤ 20 of ⌈Σ count · u_k(size)⌉, u_k(x) = x where (k+1)·x is whole, else ⌊(k+1)·x⌋ / k, x = size/C."""
+    exact, floors = np.zeros(MOST_K + 1, np.int64), np.zeros(MOST_K + 1, np.int64)
+    _sums(sizes, counts, capacity, exact, floors)
+    # Python's integers: Σ count · size · k may pass 2⁶³.
+    return max(-(-(int(exact[k]) * k + int(floors[k]) * capacity) // (k * capacity)) for k in range(1, MOST_K + 1))
+
+
+@njit(cache=True, nogil=True)
+def _l2(sizes, counts, capacity):
+    # Sizes 0 … half − 1 are over C / 2; only thresholds equal to a size at most C / 2 change anything, and the
+    # smallest of them covers a = 0. `alone` counts the sizes over C − a, which grow fewer as a falls.
+    half, number, weight = 0, np.int64(0), np.int64(0)
+    while half < sizes.size and 2 * sizes[half] > capacity:
+        number += counts[half]
+        weight += counts[half] * sizes[half]
+        half += 1
+    alone, alone_number, alone_weight = half, number, weight
+    most, small = np.int64(0), np.int64(0)
+    for i in range(half, sizes.size):
+        small += counts[i] * sizes[i]
+        while alone > 0 and sizes[alone - 1] <= capacity - sizes[i]:
+            alone -= 1
+            alone_number -= counts[alone]
+            alone_weight -= counts[alone] * sizes[alone]
+        room = (number - alone_number) * capacity - (weight - alone_weight)
+        most = max(most, small - room)
+    return number + (most + capacity - 1) // capacity
+
+
+@njit(cache=True, nogil=True)
+def _sums(sizes, counts, capacity, exact, floors):
+    """exact[k]: Σ count · size where (k + 1)·size is a multiple of C; floors[k]: Σ count · ⌊(k + 1)·size / C⌋ else."""
+    for i in range(sizes.size):
+        whole, rest = np.int64(0), sizes[i]
+        for k in range(exact.size):
+            if rest >= capacity:  # (k + 1) · size = whole · C + rest, carried along without a division
+                rest -= capacity
+                whole += 1
+            if rest == 0:
+                exact[k] += counts[i] * sizes[i]
+            else:
+                floors[k] += counts[i] * whole
+            rest += sizes[i]

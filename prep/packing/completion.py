@@ -137,7 +137,7 @@ def _search(
     return best_depth, best_room
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def _next(after, i):
     """The first size ≥ i that is not used up, or D (path halving)."""
     while after[i] != i:

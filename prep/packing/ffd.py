@@ -51,108 +51,93 @@ START, BINS, ROOM, DOCS, NEXT = range(5)
 
 @njit(cache=True, nogil=True)
 def _first_fit(sizes, counts, capacity, max_docs, leaf_bits, tree, head, runs, placements, ptr):
-    """Returns (placements used, bins), or (−1, −1) when `placements` is too small."""
-    num_runs = 0
-    num_bins = np.int64(0)
-    last_run = -1
-    used = 0
+    """Returns (placements used, bins), or (−1, −1) when `placements` is too small.
+
+    One function on purpose: numba counts a reference for every array that is handed on.
+    """
+    leaves = head.size
+    num_runs, num_bins, used = 0, np.int64(0), 0
+    last_run = np.int64(-1)
     for i in range(sizes.size):
         size, left = sizes[i], counts[i]
         ptr[i] = used
         while left > 0:
             if used == placements.shape[0]:
                 return -1, -1
-            run = _find(tree, head, runs, size)
-            if run < 0:
-                # No bin has room: as many new bins as this size needs, as one run that is then filled like any other.
-                per_bin = min(capacity // size, max_docs)
-                fresh = -(-left // per_bin)
-                run = num_runs
+            run = np.int64(-1)
+            if tree[1] >= size:
+                # The first run with room.
+                node = 1
+                while node < leaves:
+                    node *= 2
+                    if tree[node] < size:
+                        node += 1
+                run = np.int64(head[node - leaves])
+                while runs[run, ROOM] < size:
+                    run = np.int64(runs[run, NEXT])
+            else:
+                # As many new bins as this size needs, as one run that is then filled like any other.
+                fresh = -(-left // min(capacity // size, max_docs))
+                run = np.int64(num_runs)
                 num_runs += 1
                 runs[run, START] = num_bins
                 runs[run, BINS] = fresh
                 runs[run, ROOM] = capacity
                 runs[run, DOCS] = 0
                 runs[run, NEXT] = -1
+                leaf = num_bins >> leaf_bits
                 if last_run >= 0:
-                    _link(tree, head, runs, leaf_bits, last_run, run)
-                else:
-                    head[0] = run
+                    runs[last_run, NEXT] = run
+                if last_run < 0 or runs[last_run, START] >> leaf_bits != leaf:
+                    head[leaf] = run
                 last_run = run
                 num_bins += fresh
             per_bin = min(runs[run, ROOM] // size, max_docs - runs[run, DOCS])
             full = min(np.int64(runs[run, BINS]), left // per_bin)
             if full == 0:
-                per_bin = left
-                full = 1
+                per_bin, full = left, np.int64(1)
             placements[used, 0] = runs[run, START]
             placements[used, 1] = full
             placements[used, 2] = per_bin
             used += 1
             left -= full * per_bin
+            rest = np.int64(-1)
             if full < runs[run, BINS]:
-                # Split off the bins that took nothing.
-                rest = num_runs
+                # The bins that took nothing become a run behind this one.
+                rest = np.int64(num_runs)
                 num_runs += 1
-                runs[rest] = runs[run]
-                runs[rest, START] += full
-                runs[rest, BINS] -= full
+                runs[rest, START] = runs[run, START] + full
+                runs[rest, BINS] = runs[run, BINS] - full
+                runs[rest, ROOM] = runs[run, ROOM]
+                runs[rest, DOCS] = runs[run, DOCS]
+                runs[rest, NEXT] = runs[run, NEXT]
                 runs[run, BINS] = full
-                _link(tree, head, runs, leaf_bits, run, rest)
+                runs[run, NEXT] = rest
+                if runs[run, START] >> leaf_bits != runs[rest, START] >> leaf_bits:
+                    head[runs[rest, START] >> leaf_bits] = rest
                 if last_run == run:
                     last_run = rest
-                _refresh(tree, head, runs, leaf_bits, rest)
             runs[run, ROOM] -= per_bin * size
             runs[run, DOCS] += per_bin
             if runs[run, DOCS] == max_docs:
                 runs[run, ROOM] = 0
-            _refresh(tree, head, runs, leaf_bits, run)
+            for changed in (run, rest):
+                if changed < 0:
+                    continue
+                # The leaf of the run and the path above it.
+                leaf = np.int64(runs[changed, START]) >> leaf_bits
+                at, most = np.int64(head[leaf]), 0
+                while at >= 0 and runs[at, START] >> leaf_bits == leaf:
+                    most = max(most, runs[at, ROOM])
+                    at = np.int64(runs[at, NEXT])
+                node = leaves + leaf
+                tree[node] = most
+                node >>= 1
+                while node > 0:
+                    larger = max(tree[2 * node], tree[2 * node + 1])
+                    if tree[node] == larger:
+                        break
+                    tree[node] = larger
+                    node >>= 1
     ptr[sizes.size] = used
     return used, num_bins
-
-
-@njit(cache=True, nogil=True)
-def _find(tree, head, runs, size):
-    """The first run with room for `size`, or −1."""
-    if tree[1] < size:
-        return -1
-    leaves = head.size
-    node = 1
-    while node < leaves:
-        node *= 2
-        if tree[node] < size:
-            node += 1
-    run = head[node - leaves]
-    while runs[run, ROOM] < size:
-        run = runs[run, NEXT]
-    return run
-
-
-@njit(cache=True, nogil=True)
-def _link(tree, head, runs, leaf_bits, run, new):
-    """Puts `new` behind `run`."""
-    runs[new, NEXT] = runs[run, NEXT]
-    runs[run, NEXT] = new
-    leaf = runs[new, START] >> leaf_bits
-    if runs[run, START] >> leaf_bits != leaf:
-        head[leaf] = new
-
-
-@njit(cache=True, nogil=True)
-def _refresh(tree, head, runs, leaf_bits, run):
-    """Brings the tree's path above the run's leaf up to date."""
-    leaf = runs[run, START] >> leaf_bits
-    most = 0
-    at = head[leaf]
-    while at >= 0 and runs[at, START] >> leaf_bits == leaf:
-        most = max(most, runs[at, ROOM])
-        at = runs[at, NEXT]
-    node = head.size + leaf
-    tree[node] = most
-    node >>= 1
-    while node > 0:
-        larger = max(tree[2 * node], tree[2 * node + 1])
-        if tree[node] == larger:
-            break
-        tree[node] = larger
-        node >>= 1

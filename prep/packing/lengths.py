@@ -92,9 +92,10 @@ class Lengths:
         for _, keys in self._unit_chunks():
             if count_keys(keys, counts):
                 self._check()
-        present = np.flatnonzero(counts)[::-1]
-        self.keys_of_sizes = present
-        return self._histogram(present, counts[present])
+        sizes, numbers = np.empty((2, min(self.table, x.size)), np.int64)
+        distinct = _compact(counts, sizes, numbers)
+        self.keys_of_sizes = sizes[:distinct]
+        return self._histogram(sizes[:distinct], numbers[:distinct])
 
     def _rank(self) -> Histogram:
         units = self.lengths.astype(np.int64)
@@ -102,11 +103,10 @@ class Lengths:
         distinct, ranks, counts = np.unique(units, return_inverse=True, return_counts=True)
         self.ranks = ranks.astype(np.int32)
         self.table = distinct.size
-        self.keys_of_sizes = np.arange(distinct.size)[::-1]
-        return self._histogram(distinct[::-1], counts[::-1])
+        self.keys_of_sizes = np.arange(distinct.size)[::-1].copy()
+        return self._histogram(distinct[::-1].copy(), counts[::-1].copy())
 
     def _histogram(self, sizes: np.ndarray, counts: np.ndarray) -> Histogram:
-        sizes, counts = sizes.astype(np.int64), counts.astype(np.int64)
         if self.align == 1:
             tokens = int(sizes @ counts)
         else:
@@ -156,6 +156,18 @@ def count_keys(keys, counts):
         else:
             bad += 1
     return bad
+
+
+@njit(cache=True, nogil=True)
+def _compact(counts, sizes, numbers):
+    """Writes the keys with a count, in decreasing order, and their counts; returns how many there are."""
+    found = 0
+    for key in range(counts.size - 1, 0, -1):
+        if counts[key]:
+            sizes[found] = key
+            numbers[found] = counts[key]
+            found += 1
+    return found
 
 
 def as_integers(lengths: np.ndarray) -> np.ndarray:

@@ -91,19 +91,19 @@ def _by_cost(sizes, counts, capacity, max_docs, bins, room, held):
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def _before(cost, a, b):
     return cost[a] < cost[b] or (cost[a] == cost[b] and a < b)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def _up(heap, cost, at):
     while at > 0 and _before(cost, heap[at], heap[(at - 1) >> 1]):
         heap[at], heap[(at - 1) >> 1] = heap[(at - 1) >> 1], heap[at]
         at = (at - 1) >> 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def _down(heap, cost, size):
     at = 0
     while True:

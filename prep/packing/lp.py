@@ -173,7 +173,7 @@ def _best_of(pool, prices, column):
     return best
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def _is_pattern(patterns, j):
     for i in range(patterns.shape[1]):
         if patterns[j, i] < 0:

@@ -44,7 +44,7 @@ def assign(lengths: Lengths, plan: Plan, seed: int, *, textbook: bool = False) -
     words = np.empty(lengths.table, np.uint64)
     cursors = np.empty((lengths.table, 4), np.int32)
     _begin(
-        lengths.keys_of_sizes, h.counts, plan.ptr, plan.bins, plan.per_bin, plan.start, np.uint64(seed % 2**64),
+        lengths.keys_of_sizes, h.counts, plan.ptr, plan.start, plan.bins, plan.per_bin, np.uint64(seed % 2**64),
         textbook, words, cursors,
     )  # fmt: skip
     for first, keys in lengths.chunks():
@@ -53,28 +53,27 @@ def assign(lengths: Lengths, plan: Plan, seed: int, *, textbook: bool = False) -
 
 
 @njit(cache=True, nogil=True)
-def _begin(keys, counts, ptr, bins, per_bin, start, seed, textbook, words, cursors):
+def _begin(keys, counts, ptr, start, bins, per_bin, seed, textbook, words, cursors):
     """Sets each length's word and cursor (placement, round, first placement, end) to its first document's place."""
     for i in range(keys.size):
         key = keys[i]
-        cursor = cursors[key]
-        cursor[2] = ptr[i]
-        cursor[3] = ptr[i + 1]
-        place = ptr[i]
-        skip = np.int64(0)
+        place, skip = ptr[i], np.int64(0)
+        cursors[key, 2] = place
+        cursors[key, 3] = ptr[i + 1]
         if not textbook:
             skip = np.int64(_hash(seed, np.uint64(key)) % np.uint64(counts[i]))
             while skip >= np.int64(bins[place]) * per_bin[place]:
                 skip -= np.int64(bins[place]) * per_bin[place]
                 place += 1
-        cursor[0] = place
-        if textbook:
-            cursor[1] = 0
-            words[key] = _word(start[place], bins[place], per_bin[place], textbook)
+        cursors[key, 0] = place
+        if _fills(bins[place], per_bin[place], textbook):
+            cursors[key, 1] = skip // per_bin[place]
+            done = skip - np.int64(cursors[key, 1]) * per_bin[place]
+            words[key] = _word(start[place] + cursors[key, 1], per_bin[place] - done, np.uint64(0))
         else:
-            cursor[1] = skip // bins[place]
-            done = skip % bins[place]
-            words[key] = _word(start[place] + done, bins[place] - done, 1, textbook)
+            cursors[key, 1] = skip // bins[place]
+            done = skip - np.int64(cursors[key, 1]) * bins[place]
+            words[key] = _word(start[place] + done, bins[place] - done, STEP)
 
 
 @njit(cache=True, nogil=True)
@@ -85,38 +84,36 @@ def _deal(keys, words, cursors, start, bins, per_bin, textbook, out):
         out[i] = np.int32(word & LOW)
         word = word - ONE_LEFT + ((word >> STEP_SHIFT) & BIT)
         if word < ONE_LEFT:
-            word = _jump(cursors[key], start, bins, per_bin, textbook)
+            # The next round of the placement, else the first of the next placement, cyclically.
+            place, turn = cursors[key, 0], cursors[key, 1] + 1
+            fills = _fills(bins[place], per_bin[place], textbook)
+            if turn == (bins[place] if fills else per_bin[place]):
+                turn = 0
+                place += 1
+                if place == cursors[key, 3]:
+                    place = cursors[key, 2]
+                cursors[key, 0] = place
+                fills = _fills(bins[place], per_bin[place], textbook)
+            cursors[key, 1] = turn
+            if fills:
+                word = _word(start[place] + turn, per_bin[place], np.uint64(0))
+            else:
+                word = _word(start[place], bins[place], STEP)
         words[key] = word
 
 
-@njit(cache=True, nogil=True)
-def _jump(cursor, start, bins, per_bin, textbook):
-    """The next round of the placement (or its next bin, with `textbook`), else the next placement, cyclically."""
-    place = cursor[0]
-    cursor[1] += 1
-    rounds = per_bin[place]
-    if textbook:
-        rounds = 1 if per_bin[place] == 1 else bins[place]
-    if cursor[1] == rounds:
-        cursor[1] = 0
-        place += 1
-        if place == cursor[3]:
-            place = cursor[2]
-        cursor[0] = place
-    if textbook:
-        return _word(start[place] + cursor[1], bins[place], per_bin[place], textbook)
-    return _word(start[place], bins[place], 1, textbook)
+@njit(cache=True, nogil=True, forceinline=True)
+def _fills(bins, per_bin, textbook):
+    """Whether a round is one bin filled with all its documents, rather than one document for every bin."""
+    return bins == 1 or (textbook and per_bin > 1)
 
 
-@njit(cache=True, nogil=True)
-def _word(first, bins, per_bin, textbook):
-    """`bins` documents in consecutive bins; with `textbook` and several to a bin, the documents of one bin."""
-    if textbook and per_bin > 1:
-        return np.uint64(first) | (np.uint64(per_bin) << LEFT_SHIFT)
-    return np.uint64(first) | STEP | (np.uint64(bins) << LEFT_SHIFT)
+@njit(cache=True, nogil=True, forceinline=True)
+def _word(first, left, step):
+    return np.uint64(first) | step | (np.uint64(left) << LEFT_SHIFT)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def _hash(seed, key):
     """splitmix64 of seed and key (Steele, Lea & Flood, 2014)."""
     z = seed + (key + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

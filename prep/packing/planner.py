@@ -19,29 +19,31 @@ from prep.packing.rounding import Certificate
 
 
 def _greedy(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
-    return _result(lengths, *greedy(lengths, max_docs), lower_bound(lengths.histogram, max_docs), "greedy")
+    bin_ids, num_bins = greedy(lengths, max_docs)
+    return _result(lengths, bin_ids, num_bins, lower_bound(lengths.histogram, max_docs, num_bins), "greedy")
 
 
 def _ordered(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
-    return _result(lengths, *ordered(lengths, max_docs), lower_bound(lengths.histogram, max_docs), "ordered")
+    bin_ids, num_bins = ordered(lengths, max_docs)
+    return _result(lengths, bin_ids, num_bins, lower_bound(lengths.histogram, max_docs, num_bins), "ordered")
 
 
 def _ffd(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
     plan = ffd(lengths.histogram, max_docs)
     bin_ids = assign(lengths, plan, seed, textbook=seed == 0)
-    return _result(lengths, bin_ids, plan.num_bins, lower_bound(lengths.histogram, max_docs), "ffd")
+    return _result(lengths, bin_ids, plan.num_bins, lower_bound(lengths.histogram, max_docs, plan.num_bins), "ffd")
 
 
 def _bfd(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
     plan = bfd(lengths.histogram, max_docs)
-    bound = lower_bound(lengths.histogram, max_docs)
+    bound = lower_bound(lengths.histogram, max_docs, plan.num_bins)
     return _result(lengths, assign(lengths, plan, seed), plan.num_bins, bound, "bfd")
 
 
 def _level(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
     plan = bfd(lengths.histogram, max_docs)
     plan = level(lengths.histogram, max_docs, plan.num_bins) or plan
-    bound = lower_bound(lengths.histogram, max_docs)
+    bound = lower_bound(lengths.histogram, max_docs, plan.num_bins)
     return _result(lengths, assign(lengths, plan, seed), plan.num_bins, bound, "level")
 
 
