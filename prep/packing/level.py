@@ -22,13 +22,15 @@ FILLING = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 
 def level(h: Histogram, max_docs: int, num_bins: int) -> Plan | None:
     """A plan of at most `num_bins` bins of nearly equal Σ s²; None when no share of FILLING gets by with so few."""
+    if num_bins == 0:
+        return None
     tokens = np.cumsum((h.sizes * h.counts)[::-1])[::-1]  # of this size and all smaller ones
     for share in FILLING:
         long = int(np.searchsorted(-tokens, -share * tokens[0], side="right"))
         docs = int(h.counts[:long].sum())
         bins = np.empty(docs, np.int32)
         room, held = np.full(num_bins, h.capacity, np.int32), np.zeros(num_bins, np.int32)
-        if not _by_cost(h.sizes[:long], h.counts[:long], h.capacity, max_docs, bins, room, held):
+        if not _by_cost(h.sizes[:long], h.counts[:long], max_docs, bins, room, held):
             continue
         rest = bfd(replace(h, sizes=h.sizes[long:], counts=h.counts[long:]), max_docs, room, held)
         if rest.num_bins == num_bins:
@@ -45,39 +47,34 @@ def level(h: Histogram, max_docs: int, num_bins: int) -> Plan | None:
 
 
 @njit(cache=True, nogil=True)
-def _by_cost(sizes, counts, capacity, max_docs, bins, room, held):
+def _by_cost(sizes, counts, max_docs, bins, room, held):
     """Places all documents, or returns False. A bin without room waits until the documents are small enough."""
     num_bins = room.size
-    cost = np.zeros(num_bins, np.int64)
-    heap = np.arange(num_bins).astype(np.int32)  # by (cost, bin)
-    in_heap = num_bins
-    # Waiting bins by room: a linked list for each amount.
-    waiting = np.full(capacity + 1, -1, np.int32)
-    after = np.empty(num_bins, np.int32)
-    woken = np.int64(capacity)  # every waiting bin with room ≥ woken is back in the heap
-    done = 0
+    cost, need = np.zeros(num_bins, np.int64), np.empty(num_bins, np.int64)
+    ready, waiting = np.arange(num_bins).astype(np.int32), np.empty(num_bins, np.int32)  # heaps: least cost, most room
+    num_ready, num_waiting, done = num_bins, 0, 0
     for i in range(sizes.size):
         size = sizes[i]
-        while woken > size:
-            woken -= 1
-            b = waiting[woken]
-            while b >= 0:
-                heap[in_heap] = b
-                in_heap += 1
-                _up(heap, cost, in_heap - 1)
-                b = after[b]
-            waiting[woken] = -1
+        while num_waiting > 0 and room[waiting[0]] >= size:
+            ready[num_ready] = waiting[0]
+            _up(ready, cost, num_ready)
+            num_ready += 1
+            num_waiting -= 1
+            waiting[0] = waiting[num_waiting]
+            _down(waiting, need, num_waiting)
         for _ in range(counts[i]):
-            while in_heap > 0 and room[heap[0]] < size:
-                b = heap[0]
-                in_heap -= 1
-                heap[0] = heap[in_heap]
-                _down(heap, cost, in_heap)
-                after[b] = waiting[room[b]]
-                waiting[room[b]] = b
-            if in_heap == 0:
+            while num_ready > 0 and room[ready[0]] < size:
+                b = ready[0]
+                num_ready -= 1
+                ready[0] = ready[num_ready]
+                _down(ready, cost, num_ready)
+                need[b] = -np.int64(room[b])
+                waiting[num_waiting] = b
+                _up(waiting, need, num_waiting)
+                num_waiting += 1
+            if num_ready == 0:
                 return False
-            b = heap[0]
+            b = ready[0]
             bins[done] = b
             done += 1
             room[b] -= size
@@ -85,9 +82,9 @@ def _by_cost(sizes, counts, capacity, max_docs, bins, room, held):
             cost[b] += size * size
             if held[b] == max_docs:
                 room[b] = 0
-                in_heap -= 1
-                heap[0] = heap[in_heap]
-            _down(heap, cost, in_heap)
+                num_ready -= 1
+                ready[0] = ready[num_ready]
+            _down(ready, cost, num_ready)
     return True
 
 
