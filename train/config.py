@@ -61,6 +61,9 @@ class Layout:
     cp: int = _flag(1, "context-parallel ranks")
     tp: int = _flag(1, "tensor-parallel ranks")
     ep: int = _flag(1, "expert-parallel ranks")
+    reshard: bool = _flag(
+        True, "free a block's gathered weights after its forward; without, backward need not gather them again"
+    )
     cpu_offload: bool = _flag(False, "keep parameters, gradients and optimizer state in host memory")
 
 

@@ -49,10 +49,14 @@ def build(layout, seed, hidden=16):
                 whole = torch.randn(p.shape, generator=generator)
                 if target == "grad":
                     p.grad = torch.zeros_like(p)
+                target_tensor = p.data if target == "data" else p.grad
+                if not isinstance(p, DTensor):  # a world of one
+                    target_tensor.copy_(whole)
+                    continue
                 distributed = DTensor.from_local(
                     whole.clone(), p.device_mesh, [torch.distributed.tensor.Replicate()] * p.device_mesh.ndim
                 ).redistribute(p.device_mesh, p.placements)
-                (p.data if target == "data" else p.grad).to_local().copy_(distributed.to_local())
+                target_tensor.to_local().copy_(distributed.to_local())
         optimizer.step()
     return model, optimizer
 
@@ -62,7 +66,7 @@ def everything(model, optimizer):
     found = {}  # clones: on one rank the full tensor is the parameter itself
     for name, p in model.named_parameters():
         state = optimizer.state[p]
-        found[name] = p.full_tensor().detach().clone()
+        found[name] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         found |= {f"{name}.{k}": (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in state.items()}
     return found
 

@@ -57,7 +57,14 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
         "verify": "off",
         "on_nonfinite": "skip",
     }
-    values |= {"recompute": "full", "export": "false", "cpu_offload": "true", "lr": "0.5", "beta1": "0.5"}
+    values |= {
+        "recompute": "full",
+        "export": "false",
+        "reshard": "false",
+        "cpu_offload": "true",
+        "lr": "0.5",
+        "beta1": "0.5",
+    }
     values |= dict.fromkeys(("cp", "tp", "pp", "ep", "beta2", "weight_decay"), "1") | {"beta2": "0.25"}
     value = values.get(name, "3")
     flag = "--" + name.replace("_", "-")
