@@ -1,5 +1,10 @@
-"""Plan + store → shards. Every shard is a pure function of both, so they are written in parallel, in any order."""
+"""Plan + store → shards. Every shard is a pure function of both, so they are written in parallel, in any order.
 
+A shard is laid out one record batch at a time in buffers that are used again, so a worker holds one batch (at most one
+shard), and hashing and writing read what the cache still has.
+"""
+
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,28 +12,39 @@ from typing import NamedTuple
 
 import numpy as np
 
-from formats.layout import align_up, check_thd, thd_to_seqid
-from formats.schema import ALIGNMENTS, BATCH_PACKS, SCHEMAS
+from formats.layout import align_up
+from formats.schema import ALIGNMENTS, BATCH_PACKS
 from formats.shard import FileEntry, ListColumn, Shard, ShardWriter, file_digest, pack_digest
 from prep.encode.store import DocumentStore
 from prep.engine.local import run_units
 from prep.plan import Plan
+from prep.rows import Buffers, buffers, gather, sequence_rows
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """All that decides the bytes of one shard: slots (see `prep.plan.Plan`) of the packs from `first_pack` on."""
+class Layout:
+    """What all shards of a packed folder share. `compression` is None or `zstd`."""
 
-    path: Path
-    store: Path
-    doc: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    offsets: np.ndarray
     kind: str
     capacity: int
     align: int
     pad_id: int
+    largest_id: int
+    compression: str | None = None
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """All that decides the bytes of one shard: slots (see `prep.plan.Plan`) of its packs; pack n of the shard is slots
+    offsets[n] … offsets[n + 1]."""
+
+    path: Path
+    store: Path
+    layout: Layout
+    doc: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    offsets: np.ndarray
     essentials: dict
 
 
@@ -43,11 +59,8 @@ def materialize(
     plan: Plan,
     store: Path,
     out: Path,
+    layout: Layout,
     *,
-    kind: str,
-    capacity: int,
-    align: int,
-    pad_id: int,
     essentials: dict,
     shard_packs: int,
     workers: int,
@@ -69,14 +82,11 @@ def materialize(
             ShardJob(
                 path=folder / f"{number:05d}.arrow",
                 store=store,
+                layout=layout,
                 doc=plan.doc[slots],
                 start=plan.start[slots],
                 length=plan.length[slots],
                 offsets=offsets - offsets[0],
-                kind=kind,
-                capacity=capacity,
-                align=align,
-                pad_id=pad_id,
                 essentials={**essentials, "shard": number},
             )
         )
@@ -93,7 +103,7 @@ def refuse_others(folder: Path, jobs: list[ShardJob]) -> None:
     wanted = {job.path.name: job for job in jobs}
     for path in sorted(folder.glob("*.arrow")):
         job = wanted.get(path.name)
-        found = Shard(path, job.kind).essentials if job else {}
+        found = Shard(path, job.layout.kind).essentials if job else {}
         differing = [k for k in (job.essentials if job else {}) if found.get(k) != job.essentials[k]]
         if job is None or differing:
             what = f"other {', '.join(differing)}" if differing else "other options"
@@ -107,21 +117,76 @@ def write_shard(job: ShardJob) -> ShardResult:
     """Write one shard, or read back what an interrupted run already wrote."""
     if job.path.exists():
         return _read_back(job)
-    rows = _rows(job)
-    with ShardWriter(job.path, job.kind, job.essentials) as writer:
-        digests = [
-            writer.write({name: rows.batch(name, first) for name in SCHEMAS[job.kind].names})
-            for first in range(0, len(job.offsets) - 1, BATCH_PACKS)
-        ]
-    return ShardResult(writer.entry, index_columns(job, rows.target_tokens, np.concatenate(digests)))
+    _, store = _open_store(job.store)
+    layout, packs = job.layout, len(job.offsets) - 1
+    room = _Room(layout, min(packs, BATCH_PACKS))
+    digests, targets = [], []
+    with ShardWriter(job.path, layout.kind, job.essentials, layout.compression) as writer:
+        for first in range(0, packs, BATCH_PACKS):
+            columns, counts = room.lay_out(job, first, min(first + BATCH_PACKS, packs), store)
+            digests.append(writer.write(columns))
+            targets.append(counts)
+    return ShardResult(writer.entry, index_columns(job, np.concatenate(targets), np.concatenate(digests)))
+
+
+@functools.lru_cache(1)
+def _open_store(path: Path) -> tuple[DocumentStore, Buffers]:
+    """The store, opened once a process; its maps live as long as the addresses."""
+    store = DocumentStore.open(path)
+    return store, buffers(store)
+
+
+class _Room:
+    """Buffers for one record batch of at most `packs` packs."""
+
+    def __init__(self, layout: Layout, packs: int):
+        self._layout = layout
+        self._ids = np.empty(packs * layout.capacity, np.int32)
+        self._mask = np.empty(packs * layout.capacity, np.uint8)
+        if layout.kind == "seqid":
+            self._rows = [np.empty(packs * layout.capacity, np.int32) for _ in range(4)]
+
+    def lay_out(self, job: ShardJob, first: int, stop: int, store: Buffers):
+        """Columns (views of the buffers, valid until the next call) and target tokens int32 of packs [first, stop)."""
+        layout = self._layout
+        offsets = job.offsets[first : stop + 1]
+        slots = slice(offsets[0], offsets[-1])
+        offsets = offsets - offsets[0]
+        doc, start, length = job.doc[slots], job.start[slots], job.length[slots]
+        sizes = align_up(length, layout.align)
+        slot_starts = np.zeros(len(sizes) + 1, np.int64)
+        np.cumsum(sizes, out=slot_starts[1:])
+        bounds = slot_starts[offsets]
+        if (over := np.diff(bounds).max()) > layout.capacity:
+            raise AssertionError(f"the plan puts {over} tokens into a pack of {layout.capacity}")
+        ids, mask = self._ids[: bounds[-1]], self._mask[: bounds[-1]]
+        targets = np.empty(len(offsets) - 1, np.int32)
+        low, high, bits, beyond = gather(
+            *store, doc, start, length, slot_starts, offsets, layout.pad_id, ids, mask, targets
+        )
+        if low < 0 or high > max(layout.largest_id, layout.pad_id) or bits > 1 or beyond:
+            raise ValueError(
+                f"{job.store}: the store is damaged (ids {low} to {high} where the largest is {layout.largest_id}, "
+                f"mask values up to {bits}, {beyond} documents shorter than planned); remove it and encode again"
+            )
+        columns = {"doc_ids": ListColumn(doc, offsets), "doc_offsets": ListColumn(start.astype(np.int32), offsets)}
+        if layout.kind == "thd":
+            columns["input_ids"], columns["loss_mask"] = ListColumn(ids, bounds), ListColumn(mask, bounds)
+            columns["seq_lens"], columns["seq_lens_padded"] = ListColumn(length, offsets), ListColumn(sizes, offsets)
+        else:
+            sequence_rows(ids, mask, length, slot_starts, offsets, layout.pad_id, layout.capacity, *self._rows)
+            bounds = np.arange(stop - first + 1, dtype=np.int64) * layout.capacity
+            names = ("input_ids", "attention_mask", "position_ids", "labels")
+            columns |= {n: ListColumn(r[: bounds[-1]], bounds) for n, r in zip(names, self._rows, strict=True)}
+        return columns, targets
 
 
 def _read_back(job: ShardJob) -> ShardResult:
     """The result of a shard that an interrupted run completed: hashes are of what is on disk."""
-    shard = Shard(job.path, job.kind)
+    shard = Shard(job.path, job.layout.kind)
     rows = [shard.row(i) for i in range(len(shard))]
     digests = np.array([pack_digest(row) for row in rows], np.uint64)
-    if job.kind == "thd":
+    if job.layout.kind == "thd":
         targets = np.array([row[1].sum(dtype=np.int32) for row in rows], np.int32)
     else:
         targets = np.array([np.count_nonzero(row[3] >= 0) for row in rows], np.int32)
@@ -129,75 +194,23 @@ def _read_back(job: ShardJob) -> ShardResult:
     return ShardResult(entry, index_columns(job, targets, digests))
 
 
-class _Rows(NamedTuple):
-    columns: dict[str, ListColumn]
-    target_tokens: np.ndarray
-
-    def batch(self, name: str, first: int) -> ListColumn:
-        """Rows `first` … `first + BATCH_PACKS` of a column, without copying the values."""
-        values, offsets = self.columns[name]
-        offsets = offsets[first : first + BATCH_PACKS + 1]
-        return ListColumn(values[offsets[0] : offsets[-1]], (offsets - offsets[0]).astype(np.int32))
-
-
-def _rows(job: ShardJob) -> _Rows:
-    """Gather the shard's packs from the store."""
-    store = DocumentStore.open(job.store)
-    slots = align_up(job.length, job.align)
-    slot_starts = np.zeros(len(slots) + 1, np.int64)
-    np.cumsum(slots, out=slot_starts[1:])
-    ids = np.full(slot_starts[-1], job.pad_id, np.int32)
-    mask = np.zeros(slot_starts[-1], np.uint8)
-    pieces = zip(job.doc.tolist(), job.start.tolist(), job.length.tolist(), slot_starts.tolist(), strict=False)
-    for doc, start, length, at in pieces:
-        document_ids, document_mask = store.document(doc)
-        ids[at : at + length] = document_ids[start : start + length]
-        mask[at : at + length] = document_mask[start : start + length]
-    # A later piece of a cut document begins without its context: like any first token it is never a target.
-    mask[slot_starts[:-1]] = 0
-    bounds = slot_starts[job.offsets]
-    targets = np.add.reduceat(mask, bounds[:-1], dtype=np.int32)
-    per_slot = {"doc_ids": job.doc, "doc_offsets": job.start.astype(np.int32)}
-    for n, (low, high) in enumerate(zip(job.offsets[:-1], job.offsets[1:], strict=True)):
-        tokens, of_pack = slice(bounds[n], bounds[n + 1]), slice(low, high)
-        check_thd(
-            ids[tokens], mask[tokens], job.length[of_pack], slots[of_pack], capacity=job.capacity, align=job.align
-        )
-    if job.kind == "thd":
-        per_slot |= {"seq_lens": job.length, "seq_lens_padded": slots}
-        per_token, token_offsets = {"input_ids": ids, "loss_mask": mask}, bounds
-    else:
-        names = SCHEMAS["seqid"].names[:4]
-        packs = len(bounds) - 1
-        per_token = {name: np.empty(packs * job.capacity, np.int32) for name in names}
-        token_offsets = np.arange(packs + 1, dtype=np.int64) * job.capacity
-        for n in range(packs):
-            tokens, of_pack = slice(bounds[n], bounds[n + 1]), slice(job.offsets[n], job.offsets[n + 1])
-            row = thd_to_seqid(
-                ids[tokens],
-                mask[tokens],
-                job.length[of_pack],
-                slots[of_pack],
-                capacity=job.capacity,
-                pad_id=job.pad_id,
-            )
-            for name, values in zip(names, row, strict=True):
-                per_token[name][token_offsets[n] : token_offsets[n + 1]] = values
-    columns = {name: ListColumn(values, token_offsets) for name, values in per_token.items()}
-    columns |= {name: ListColumn(values, job.offsets) for name, values in per_slot.items()}
-    return _Rows(columns, targets)
-
-
 def index_columns(job: ShardJob, target_tokens: np.ndarray, digests: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of `packs.arrow` for one shard (all but `shard`), from the plan alone but for targets and hashes."""
-    first, length = job.offsets[:-1], job.length
     return {
-        "row": np.arange(len(first), dtype=np.int32),
-        "documents": np.diff(job.offsets).astype(np.int32),
-        "tokens": np.add.reduceat(length, first, dtype=np.int32),
+        "row": np.arange(len(job.offsets) - 1, dtype=np.int32),
+        **pack_columns(job.length, job.offsets),
         "target_tokens": target_tokens,
+        "xxh3": digests,
+    }
+
+
+def pack_columns(length: np.ndarray, offsets: np.ndarray) -> dict[str, np.ndarray]:
+    """What the real lengths alone say of packs: pack n is slots offsets[n] … offsets[n + 1] of `length` int32[S]."""
+    first = offsets[:-1]
+    return {
+        "documents": np.diff(offsets).astype(np.int32),
+        "tokens": np.add.reduceat(length, first, dtype=np.int32),
         "max_seqlen": np.maximum.reduceat(length, first),
         "sum_sq": np.add.reduceat(length.astype(np.int64) ** 2, first),
         **{f"padded_{a}": np.add.reduceat(align_up(length, a), first, dtype=np.int32) for a in ALIGNMENTS},
-        "xxh3": digests,
     }

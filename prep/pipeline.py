@@ -19,7 +19,7 @@ from prep.encode.run import encode
 from prep.encode.store import DocumentStore, read_store
 from prep.inspect.facts import REPORT_NAME
 from prep.ledger import LEDGER_NAME, Ledger
-from prep.materialize import materialize
+from prep.materialize import Layout, materialize
 from prep.plan import PackOptions, Plan, make_plan
 from prep.progress import Progress
 
@@ -178,10 +178,7 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, shard_size
             plan,
             store.path,
             folder,
-            kind=options.format,
-            capacity=options.seq_len,
-            align=options.align,
-            pad_id=pad_id,
+            Layout(options.format, options.seq_len, options.align, pad_id, info.largest_id),
             essentials=essentials,
             shard_packs=shard_packs(options, shard_size),
             workers=workers,
