@@ -64,6 +64,7 @@ def test_tokenizer_is_smollms(smollm2_dir):
         assert ours(text).input_ids == raw.encode(text).ids
         assert raw.decode(raw.encode(text).ids, skip_special_tokens=False) == text
     # every digit alone, also behind two spaces, and control tokens whole
+    assert [piece for piece, _ in raw.pre_tokenizer.pre_tokenize_str("42 7")] == ["4", "2", "Ġ", "7"]
     assert raw.encode("a  42").tokens == ["a", "ĠĠ", "4", "2"]
     assert raw.encode("<|im_start|>user<|im_end|>").tokens == ["<|im_start|>", "user", "<|im_end|>"]
 

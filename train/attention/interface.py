@@ -52,6 +52,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     softcap: bool
     max_head_dim: int | None = None
+    head_dim_multiple: int = 1
 
     def refusal(self, device: str, dtype: torch.dtype, head_dim: int, softcap: bool) -> str | None:
         """Why this kernel cannot serve the model, or None when it can."""
@@ -63,6 +64,8 @@ class Backend:
             return "it has no softcap on the scores, which this model needs"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"its heads have at most {self.max_head_dim} dimensions, this model's have {head_dim}"
+        if head_dim % self.head_dim_multiple:
+            return f"its heads have a multiple of {self.head_dim_multiple} dimensions, this model's have {head_dim}"
         return None
 
 

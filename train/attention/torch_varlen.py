@@ -94,4 +94,5 @@ TORCH = Backend(
     dtypes=(torch.bfloat16, torch.float16),
     softcap=False,
     max_head_dim=256,
+    head_dim_multiple=8,
 )

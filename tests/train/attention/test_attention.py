@@ -130,6 +130,7 @@ def test_auto_takes_what_can_serve():
         (("torch", "cuda", torch.float32, 64), "computes in bfloat16, float16, not in float32"),
         (("cpu", "cuda", torch.bfloat16, 64), "runs on cpu, not on cuda; use torch"),
         (("torch", "cuda", torch.bfloat16, 512), "at most 256 dimensions, this model's have 512"),
+        (("torch", "cuda", torch.bfloat16, 20), "a multiple of 8 dimensions, this model's have 20"),
         (("auto", "cuda", torch.float32, 64), "No attention backend can serve this model on cuda"),
     ],
 )
