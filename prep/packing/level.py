@@ -34,15 +34,16 @@ def level(h: Histogram, max_docs: int, num_bins: int) -> Plan | None:
             continue
         rest = bfd(replace(h, sizes=h.sizes[long:], counts=h.counts[long:]), max_docs, room, held)
         if rest.num_bins == num_bins:
-            ptr = np.concatenate([[0], np.cumsum(h.counts[:long]), docs + rest.ptr[1:]])
             one = np.ones(docs, np.int32)
-            return Plan(
-                ptr,
-                np.concatenate([bins, rest.start]),
-                np.concatenate([one, rest.bins]),
-                np.concatenate([one, rest.per_bin]),
-                num_bins,
-            )
+            start, bins = np.concatenate([bins, rest.start]), np.concatenate([one, rest.bins])
+            filled = np.zeros(num_bins + 1, np.int64)
+            np.add.at(filled, start, 1)
+            np.add.at(filled, start + bins, -1)
+            # Best fit may leave a bin empty: number the others anew.
+            number = np.cumsum(np.cumsum(filled)[:-1] > 0)
+            ptr = np.concatenate([[0], np.cumsum(h.counts[:long]), docs + rest.ptr[1:]])
+            per_bin = np.concatenate([one, rest.per_bin])
+            return Plan(ptr, (number[start] - 1).astype(np.int32), bins, per_bin, int(number[-1]))
     return None
 
 

@@ -362,3 +362,25 @@ def test_the_first_offender_is_found_in_any_chunk(dtype, monkeypatch):
     lengths[[57, 80]] = 9
     with pytest.raises(ValueError, match=r"document 57 has length 9, over the capacity 8; 2 of 100"):
         pack(lengths, 8)
+
+
+@given(instances(), limits, st.data())
+def test_bins_that_are_open_already_are_filled_first(instance, max_docs, data):
+    lengths, capacity = instance
+    room = np.array(data.draw(st.lists(st.integers(0, capacity), max_size=5)), np.int32)
+    held = np.array([data.draw(st.integers(0, (max_docs or 9))) for _ in room], np.int32)
+    h = lengths_module.Lengths(lengths, capacity, 1).histogram
+    most = max_docs or 1000
+    plan = bfd_module.bfd(h, most, room, held)
+    size = np.repeat(h.sizes, np.diff(plan.ptr))
+    load, docs = np.zeros(plan.num_bins, np.int64), np.zeros(plan.num_bins, np.int64)
+    for s, start, bins, per_bin in zip(size, plan.start, plan.bins, plan.per_bin, strict=True):
+        load[start : start + bins] += per_bin * s
+        docs[start : start + bins] += per_bin
+    limit = np.full(plan.num_bins, capacity)
+    limit[: room.size] = room
+    docs[: room.size] += held
+    assert np.all(load <= limit)
+    assert docs.max(initial=0) <= max(most, held.max(initial=0))
+    assert load.sum() == lengths.sum()
+    assert plan.num_bins <= room.size + bfd_module.bfd(h, most).num_bins
