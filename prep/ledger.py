@@ -1,15 +1,16 @@
 """What happened to every document and every token, per source, in sums that must agree exactly.
 
-    read = kept + Σ dropped[reason] + Σ truncated[reason]        (documents and tokens, per source)
+    read + repeated = kept + Σ dropped[reason] + Σ truncated[reason]        (documents and tokens, per source)
 
-A document counts once: it is kept or dropped. Truncation takes tokens from a document that is kept, so it takes no
-documents. Notes are facts outside the sums (pieces of documents that were cut, tokens that were compared …).
+A document counts once: it is kept or dropped; each further use of it counts as repeated. Truncation takes tokens from
+a document that is kept, so it takes no documents. Notes are facts outside the sums.
 """
 
 from collections.abc import Mapping
 
 LEDGER_NAME = "ledger.json"
 
+_COUNTS = ("read", "repeated", "kept")
 _BOOKS = ("dropped", "truncated")
 
 
@@ -34,6 +35,11 @@ class Ledger:
     def keep(self, source: str, documents: int, tokens: int) -> None:
         """Documents and tokens that go out."""
         _add(self._account(source)["kept"], documents, tokens)
+
+    def repeat(self, source: str, documents: int, tokens: int) -> None:
+        """Documents that are used again, and their tokens."""
+        _add(self._account(source)["repeated"], documents, tokens)
+        self.keep(source, documents, tokens)
 
     def drop(self, source: str, reason: str, documents: int, tokens: int) -> None:
         """Documents that never were kept, with the tokens they had."""
@@ -62,7 +68,7 @@ class Ledger:
         """Add another ledger's counts to this one's."""
         for source, account in other._sources.items():
             mine = self._account(source)
-            for name in ("read", "kept"):
+            for name in _COUNTS:
                 _add(mine[name], **account[name])
             for book in _BOOKS:
                 for reason, count in account[book].items():
@@ -84,9 +90,10 @@ class Ledger:
         for source, account in self._sources.items():
             for unit in ("documents", "tokens"):
                 out = account["kept"][unit] + sum(c[unit] for book in _BOOKS for c in account[book].values())
-                if account["read"][unit] != out:
+                came = account["read"][unit] + account["repeated"][unit]
+                if came != out:
                     raise ValueError(
-                        f"the ledger of source {source} does not agree: {account['read'][unit]} {unit} read, "
+                        f"the ledger of source {source} does not agree: {came} {unit} came in, "
                         f"{out} accounted for; this is a bug, please report it"
                     )
 
@@ -110,6 +117,7 @@ class Ledger:
         if source not in self._sources:
             self._sources[source] = {
                 "read": {"documents": 0, "tokens": 0},
+                "repeated": {"documents": 0, "tokens": 0},
                 "kept": {"documents": 0, "tokens": 0},
                 "dropped": {},
                 "truncated": {},
@@ -128,6 +136,6 @@ def _add(count: dict, documents: int, tokens: int) -> None:
 
 def _copy(account: Mapping) -> dict:
     return {
-        **{name: dict(account[name]) for name in ("read", "kept", "notes")},
+        **{name: dict(account[name]) for name in (*_COUNTS, "notes")},
         **{book: {reason: dict(count) for reason, count in account[book].items()} for book in _BOOKS},
     }

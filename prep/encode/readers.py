@@ -159,7 +159,7 @@ def _json_array(unit: Unit) -> Iterator[tuple[int, object]]:
                 except json.JSONDecodeError as error:
                     if ended or len(text) - at > _MAX_RECORD:
                         raise ValueError(
-                            f"{unit.path}: element {number + 1} is not readable as JSON ({error})"
+                            f"{unit.path}: element {number + 1} is cut off or not JSON ({error})"
                         ) from None
             if ended:
                 raise ValueError(f"{unit.path}: the JSON array is cut off after element {number}")

@@ -1,20 +1,34 @@
 """Records → document store: plan the units, run them, write store.json last."""
 
+import fcntl
 import functools
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from formats.shard import atomic_write, write_json
 from prep.encode.builtin import load_template
+from prep.encode.mix import select
 from prep.encode.options import EncodeOptions
 from prep.encode.sources import InputFile, SourceSpec, Unit, as_sources, cut_units, find_inputs
-from prep.encode.store import STORE_VERSION, DocumentStore, UnitResult, read_store, unit_path, write_store
+from prep.encode.store import (
+    STORE_VERSION,
+    DocumentStore,
+    UnitResult,
+    read_store,
+    source_ranges,
+    store_content,
+    unit_path,
+    write_selection,
+)
 from prep.encode.tokenizer import TokenizerFolder, read_tokenizer
 from prep.encode.tokens import can_be_fast
 from prep.encode.unit import Job, encode_unit
@@ -73,6 +87,14 @@ def encode(
     units = cut_units(files, sources, options.unit_bytes)
     _claim(store, plan, resume)
     job = Job(str(store), options, tuple(sources), engine)
+    with _alone(store):
+        return _run(job, units, plan, workers, progress)
+
+
+def _run(
+    job: Job, units: Sequence[Unit], plan: dict, workers: int, progress: Callable[[Progress], None] | None
+) -> DocumentStore:
+    store, options, sources = Path(job.store), job.options, job.sources
     results = run_units(functools.partial(encode_unit, job), units, workers, _reporter(units, options, progress))
     ledger = Ledger()
     for source in sources:
@@ -81,13 +103,56 @@ def encode(
         ledger.merge(Ledger.from_json(result.ledger))
     ledger.check()
     _check_errors(results, ledger, options)
-    if not any(result.rows for result in results):
+    names = [source.name for source in sources]
+    counts = [sum(result.rows for result in results if result.source == name) for name in names]
+    content = store_content(plan, results, ledger, source_ranges(names, counts))
+    if any(counts):
+        content = _select(store, content, sources, ledger, options)
+    if content["rows"] == 0:
         dropped = ledger.total()["dropped"]
         reasons = ", ".join(f"{count['documents']} {reason}" for reason, count in sorted(dropped.items()))
         raise ValueError(f"no document is left to store ({reasons or 'the inputs are empty'}); check the inputs")
     _collect_rejects(store, results)
-    write_store(store, plan, results, ledger)
+    write_json(store / "store.json", content)
     return DocumentStore.open(store)
+
+
+@contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """Hold the folder's lock; it goes with the process, however that ends."""
+    descriptor = os.open(store, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{store}: another process is writing this store; wait for it or give another folder"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _select(store: Path, content: dict, sources: Sequence[SourceSpec], ledger: Ledger, options: EncodeOptions) -> dict:
+    """Leave out duplicates and apply the shares of the sources."""
+    whole = DocumentStore(store, content)
+    bounds = [(first, last) for _, first, last in content["sources"]]
+    chosen = select(whole, bounds, sources, ledger, dedup=options.dedup == "exact")
+    if chosen is None:
+        return content
+    ledger.check()
+    rows = np.concatenate(chosen)
+    kept = ledger.total()["kept"]
+    ranges = source_ranges([source.name for source in sources], [len(part) for part in chosen])
+    return {
+        **content,
+        "rows": kept["documents"],
+        "tokens": kept["tokens"],
+        "target_tokens": int(whole.target_tokens[rows].sum(dtype=np.int64)),
+        "sources": [list(source) for source in ranges],
+        "selection": write_selection(store, rows),
+        "ledger": ledger.to_json(),
+    }
 
 
 def _engine(folder: TokenizerFolder, options: EncodeOptions) -> str:

@@ -3,6 +3,8 @@
     STORE/plan.json           what is to be done: inputs, options, tokenizer, versions
     STORE/units/00000.arrow   one work unit: input_ids list<int32>, loss_mask list<uint8>, doc_hash uint64
     STORE/units/00000.json    written after it: rows, checksum, ledger. A unit without one is not done
+    STORE/rows.arrow          only where documents are left out or repeated: the stored row of each document, int64
+    STORE/rejects.jsonl       only where bad records were skipped
     STORE/store.json          written last: a store without one is not finished
 
 Every file is written under a temporary name and renamed.
@@ -144,34 +146,46 @@ class StoreInfo:
     options: dict
 
 
-def write_store(store: Path, plan: dict, results: Sequence[UnitResult], ledger: Ledger) -> None:
-    """Write store.json: the store is finished."""
-    sources: list[list] = []
-    row = 0
-    for name in ledger.sources:
-        rows = sum(result.rows for result in results if result.source == name)
-        sources.append([name, row, row + rows])
-        row += rows
-    write_json(
-        store / "store.json",
-        {
-            **plan,
-            "rows": row,
-            "tokens": sum(result.tokens for result in results),
-            "target_tokens": sum(result.target_tokens for result in results),
-            "largest_id": max((result.largest_id for result in results), default=-1),
-            "sources": sources,
-            "ledger": ledger.to_json(),
-            "units": [{"rows": result.rows, "bytes": result.bytes, "xxh3_128": result.xxh3_128} for result in results],
-        },
-    )
+def source_ranges(names: Sequence[str], counts: Sequence[int]) -> list[tuple[str, int, int]]:
+    """(name, first row, one past the last) of sources that lie one after the other."""
+    ends = np.cumsum(counts).tolist()
+    return [(name, end - count, end) for name, count, end in zip(names, counts, ends, strict=True)]
+
+
+def store_content(
+    plan: dict, results: Sequence[UnitResult], ledger: Ledger, sources: Sequence[tuple[str, int, int]]
+) -> dict:
+    """What store.json says when every row of every unit counts."""
+    kept = ledger.total()["kept"]
+    return {
+        **plan,
+        "rows": kept["documents"],
+        "tokens": kept["tokens"],
+        "target_tokens": sum(result.target_tokens for result in results),
+        "largest_id": max((result.largest_id for result in results), default=-1),
+        "sources": [list(source) for source in sources],
+        "selection": None,
+        "ledger": ledger.to_json(),
+        "units": [{"rows": r.rows, "bytes": r.bytes, "xxh3_128": r.xxh3_128} for r in results],
+    }
+
+
+def write_selection(store: Path, rows: np.ndarray) -> dict:
+    """Write rows.arrow; returns its entry for store.json."""
+    table = pa.table({"row": pa.array(rows, pa.int64())})
+    with atomic_write(store / "rows.arrow") as file:
+        sink = pa.PythonFile(file, mode="w")
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    return {"name": "rows.arrow", "bytes": file.bytes, "xxh3_128": file.hexdigest()}
 
 
 class DocumentStore:
     """A finished store, memory-mapped. Opening maps the units and reads nothing of them.
 
     `batches`: (ids int32, mask uint8, offsets int32[n+1]) of every record batch in order, views over the maps;
-    `starts` int64[B+1]: document i is row i − starts[b] of batch b.
+    `starts` int64[B+1]: stored row r is row r − starts[b] of batch b; `rows` int64[N], where documents are left out or
+    repeated: the stored row of each document, else None.
     """
 
     def __init__(self, path: Path, content: dict):
@@ -192,22 +206,30 @@ class DocumentStore:
                 self._hashes.append(doc_hash.to_numpy())
                 starts.append(starts[-1] + batch.num_rows)
         self.starts = np.array(starts, np.int64)
+        self.rows = None
+        if content["selection"] is not None:
+            tables = _read_unit(path / content["selection"]["name"], content["selection"])
+            self.rows = np.concatenate([np.empty(0, np.int64), *[table.column(0).to_numpy() for table in tables]])
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int32[N]: tokens of every document."""
-        return np.concatenate([np.empty(0, np.int32), *(np.diff(offsets) for _, _, offsets in self.batches)])
+        return self._chosen([np.empty(0, np.int32), *(np.diff(offsets) for _, _, offsets in self.batches)])
 
     @cached_property
     def doc_hashes(self) -> np.ndarray:
         """uint64[N]: xxh3-64 of every document's ids and mask."""
-        return np.concatenate([np.empty(0, np.uint64), *self._hashes])
+        return self._chosen([np.empty(0, np.uint64), *self._hashes])
 
     @cached_property
     def target_tokens(self) -> np.ndarray:
         """int32[N]: target tokens of every document (reads all masks)."""
         counts = (np.add.reduceat(mask, offsets[:-1], dtype=np.int32) for _, mask, offsets in self.batches)
-        return np.concatenate([np.empty(0, np.int32), *counts])
+        return self._chosen([np.empty(0, np.int32), *counts])
+
+    def _chosen(self, pieces: list[np.ndarray]) -> np.ndarray:
+        stored = np.concatenate(pieces)
+        return stored if self.rows is None else stored[self.rows]
 
     @classmethod
     def open(cls, path: str | Path) -> "DocumentStore":
@@ -226,10 +248,12 @@ class DocumentStore:
         return cls(path, content)
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.starts[-1]) if self.rows is None else len(self.rows)
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids int32[L], loss_mask uint8[L]) of a document: read-only views over the map."""
+        if self.rows is not None:
+            index = int(self.rows[index])
         batch = int(np.searchsorted(self.starts, index, side="right")) - 1
         ids, mask, offsets = self.batches[batch]
         row = index - self.starts[batch]

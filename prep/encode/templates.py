@@ -16,6 +16,8 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
+from prep.encode.limits import TemplateLimitError, limited
+
 # Private-use characters that no text in circulation has: word and generation marks, each with an opening and a closing.
 _FIRST, _LAST = "\U0010ff00", "\U0010ff03"
 _WORD, _WORD_END, _GENERATION, _GENERATION_END = map(chr, range(ord(_FIRST), ord(_LAST) + 1))
@@ -122,15 +124,18 @@ class ChatTemplate:
 
     def _render(self, messages, tools, add_generation_prompt, mark):
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                _mark_generation=mark,
-                **self.special_tokens,
-            )
-        except (jinja2.exceptions.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+            with limited():
+                return self._template.render(
+                    messages=messages,
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    _mark_generation=mark,
+                    **self.special_tokens,
+                )
+        except TemplateLimitError as error:
+            raise ValueError(f"the chat template ran away on this chat: {error}") from None
+        except (jinja2.exceptions.TemplateError, TypeError, LookupError, ValueError, AttributeError) as error:
             raise ValueError(f"the chat template refuses this chat: {error}") from None
 
     def render_marked(

@@ -58,7 +58,9 @@ class TokenizerFolder:
     @cached_property
     def control_tokens(self) -> dict[str, int]:
         """Added tokens marked special: text → id."""
-        return {t["content"]: t["id"] for t in self.added_tokens if t["special"] and t["content"]}
+        # The ids are asked of the tokenizer: where a vocabulary has gaps, those in the file are not the ones it gives.
+        names = [t["content"] for t in self.added_tokens if t["special"] and t["content"]]
+        return {name: self.tokenizer.token_to_id(name) for name in names}
 
     @cached_property
     def control_pattern(self) -> re.Pattern | None:
@@ -123,7 +125,7 @@ class TokenizerFolder:
         for token, index in self.tokenizer.get_vocab(with_added_tokens=False).items():
             lengths[index] = rule(token)
         for token in self.added_tokens:
-            lengths[token["id"]] = len(token["content"].encode())
+            lengths[self.tokenizer.token_to_id(token["content"])] = len(token["content"].encode())
         return lengths
 
     @cached_property

@@ -197,7 +197,7 @@ class _UnitRun:
         """Items → (ids int32[T], mask uint8[T], offsets int64[N+1]) of the documents that are kept."""
         texts = [item for item in batch if type(item.document) is Rendering]
         ids, mask, offsets, good = self._encode_texts(texts) if texts else (None, None, None, [])
-        if len(good) < len(batch):
+        if not texts or len(good) < len(batch):
             ids, mask, offsets = self._interleave(batch, texts, ids, mask, offsets, good)
         # Nothing precedes the first token, so nothing can predict it.
         lengths = np.diff(offsets)

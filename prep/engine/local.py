@@ -5,9 +5,12 @@ is a pipe per worker and nothing else: a worker whose parent dies reads the end 
 dies is noticed by the end of its own.
 """
 
+import ctypes
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -57,7 +60,7 @@ def _run_pool(function, units, workers, on_done):
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, function, os.getpid()), daemon=True)
             process.start()
             theirs.close()
             pipes[ours] = process
@@ -100,7 +103,19 @@ def _death(exitcode: int | None) -> str:
     return f"a worker process {cause}; what is finished is kept, run again with --resume to go on"
 
 
-def _serve(pipe, function) -> None:
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def _die_with(parent: int) -> None:
+    """End this process as soon as its parent is killed: a run that resumes must be alone with the files."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _serve(pipe, function, parent: int) -> None:
+    _die_with(parent)
     # Ctrl-C goes to the whole group: the parent alone decides and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:

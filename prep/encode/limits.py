@@ -1,0 +1,65 @@
+"""Limits on what a template may take: seconds of CPU, and memory.
+
+Jinja's sandbox keeps a template from reaching out, not from running away: a loop within a loop, or a text doubled
+sixty times, would take the machine with it. Both limits hold for the rendering alone and cost some microseconds.
+"""
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SECONDS = 20.0
+"""CPU time of one rendering; the longest real chats take some tenths of a second."""
+
+BYTES = 2 << 30
+"""Memory that one rendering may add."""
+
+_PAGE = resource.getpagesize()
+_REFRESH = 1000  # renderings between two looks at the memory in use
+_state = {"count": 0, "limit": 0}
+
+
+class TemplateLimitError(RuntimeError):
+    """A rendering took too long or too much."""
+
+
+def _out_of_time(signal_number, frame):
+    raise TemplateLimitError(f"it ran for more than {SECONDS:.0f} s")
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Run something under both limits. Only a main thread can be stopped; elsewhere nothing is limited.
+
+    Raises:
+        TemplateLimitError: too long, or too much memory.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    previous = signal.signal(signal.SIGVTALRM, _out_of_time)
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (_data_limit(hard), hard))
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        yield
+    except MemoryError:
+        raise TemplateLimitError(f"it took more than {BYTES >> 30} GiB of memory") from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        signal.signal(signal.SIGVTALRM, previous)
+
+
+def _data_limit(hard: int) -> int:
+    if _state["count"] % _REFRESH == 0:
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[5])
+        except OSError:  # no Linux: the limit of time has to do
+            return hard
+        _state["limit"] = pages * _PAGE + BYTES
+    _state["count"] += 1
+    return _state["limit"] if hard == resource.RLIM_INFINITY else min(_state["limit"], hard)

@@ -1,0 +1,264 @@
+"""Every kind of record: what becomes text, what is trained, what is refused."""
+
+import json
+
+import pytest
+
+from prep.encode import limits
+from prep.encode.chats import ChatRenderer
+from prep.encode.options import MaskPolicy
+from prep.encode.records import RecordReader
+from prep.encode.templates import ChatTemplate
+from prep.encode.tokenizer import read_tokenizer
+
+END = "<|im_end|>"
+
+
+def reader(folder, *, template=True, columns=None, allow_special=False, **policy):
+    tokenizer = read_tokenizer(folder)
+    mask = MaskPolicy(**policy)
+    source = template if isinstance(template, str) else tokenizer.chat_template
+    chats = None
+    if template:
+        compiled = ChatTemplate(source, tokenizer.special_tokens)
+        chats = ChatRenderer(compiled, tokenizer.control_pattern, mask)
+    return RecordReader(tokenizer, chats, mask, columns, allow_special)
+
+
+def trained(rendering):
+    return [rendering.text[start:end] for start, end in rendering.spans]
+
+
+def chat(*texts, system=None):
+    turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
+
+
+FOUR = chat("u1", "a1", "u2", "a2", system="s")
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ({}, ["a1" + END, "a2" + END]),
+        ({"train_on": "last-turn"}, ["a2" + END]),
+        ({"train_on": "completion"}, ["a2" + END]),
+        ({"end_of_turn": "none"}, ["a1", "a2"]),
+        ({"end_of_turn": "last"}, ["a1", "a2" + END]),
+        ({"end_of_turn": "all"}, [END, END, "a1" + END, END, "a2" + END]),
+        ({"roles": ("user",)}, ["u1" + END, "u2" + END]),
+        ({"roles": ("user", "assistant"), "train_on": "last-turn"}, ["a2" + END]),
+    ],
+)
+def test_policies(byte_level, policy, expected):
+    for _ in range(2):  # through Jinja, and then directly
+        read = reader(byte_level, **policy)
+        assert trained(read.read(FOUR)) == expected
+        again = read.read(FOUR)
+        assert again.literals is None
+        assert trained(again) == expected
+
+
+def test_all_trains_everything(byte_level):
+    rendering = reader(byte_level, train_on="all").read(FOUR)
+    assert trained(rendering) == [rendering.text]
+
+
+def test_flags_of_messages(byte_level):
+    record = chat("u1", "a1", "u2", "a2")
+    record["messages"][1]["train"] = False
+    record["messages"][2]["train"] = True
+    assert trained(reader(byte_level).read(record)) == ["u2" + END, "a2" + END]
+    record["messages"][3]["weight"] = 0
+    assert trained(reader(byte_level).read(record)) == ["u2" + END]
+
+
+def test_flags_of_parts_of_a_content_list(byte_level):
+    parts = [
+        {"type": "text", "text": "not this, "},
+        {"type": "text", "text": "but this"},
+        {"type": "text", "text": " no"},
+    ]
+    parts[0]["train"] = parts[2]["train"] = False
+    record = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": parts}]}
+    rendering = reader(byte_level).read(record)
+    assert "not this, but this no" in rendering.text
+    assert trained(rendering) == ["but this ", END]
+    record["messages"][0]["content"] = [{"type": "text", "text": "x"}, {"type": "text", "text": "y", "train": True}]
+    assert trained(reader(byte_level).read(record)) == ["y", "but this ", END]
+
+
+GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ({}, ["a1" + END, "a2" + END]),
+        ({"train_on": "last-turn"}, ["a2" + END]),
+        ({"end_of_turn": "none"}, ["a1", "a2"]),
+        ({"end_of_turn": "last"}, ["a1", "a2" + END]),
+    ],
+)
+def test_generation_blocks_decide_where_a_template_has_them(byte_level, policy, expected):
+    assert trained(reader(byte_level, template=GENERATION, **policy).read(FOUR)) == expected
+
+
+def test_a_template_that_rewrites_words_is_refused_not_guessed(byte_level):
+    upper = "{% for m in messages %}{{ m.role + ': ' + m.content | upper + '<|im_end|>' }}{% endfor %}"
+    twice = "{% for m in messages %}{{ m.content + m.content }}{% endfor %}"
+    backwards = "{% for m in messages %}{{ m.content[::-1] }}{% endfor %}"
+    assert trained(reader(byte_level, template=upper).read(FOUR)) == ["A1" + END, "A2" + END]
+    for template in (twice, backwards):
+        with pytest.raises(ValueError, match=r"cannot be located|not supported"):
+            reader(byte_level, template=template).read(FOUR)
+
+
+def test_a_template_with_two_ends_of_turn(byte_level):
+    """As gpt-oss: the last turn ends in another token than the earlier ones."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+    )
+    for _ in range(2):
+        assert trained(reader(byte_level, template=template).read(FOUR)) == ["a1<|im_end|>", "a2<|endoftext|>"]
+
+
+def test_todays_date_is_refused_unless_it_is_fixed(byte_level):
+    tokenizer = read_tokenizer(byte_level)
+    source = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    with pytest.raises(ValueError, match="--template-date"):
+        ChatTemplate(source, tokenizer.special_tokens).render(FOUR["messages"])
+    dated = ChatTemplate(source, tokenizer.special_tokens, "2025-01-31")
+    assert dated.render(FOUR["messages"]).startswith("31 Jan 2025")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append({'role': 'x', 'content': 'y'}) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 100000000000 }}",
+        "{{ 'x'.ljust(100000000000) }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    ],
+)
+def test_templates_cannot_reach_out_or_run_away(monkeypatch, source):
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    with pytest.raises(ValueError, match="chat template"):
+        ChatTemplate(source, {}).render(FOUR["messages"])
+
+
+def test_sharegpt(byte_level):
+    record = {
+        "system": "s",
+        "conversations": [
+            {"from": "human", "value": "u1"},
+            {"from": "gpt", "value": "a1"},
+            {"from": "human", "value": "u2"},
+            {"from": "gpt", "value": "a2"},
+        ],
+    }
+    assert reader(byte_level).read(record).text == reader(byte_level).read(FOUR).text
+
+
+def test_alpaca(byte_level):
+    record = {"instruction": "add", "input": "1 1", "output": "2"}
+    rendering = reader(byte_level).read(record)
+    assert rendering.text == reader(byte_level).read(chat("add\n\n1 1", "2")).text
+    assert trained(rendering) == ["2" + END]
+    bare = reader(byte_level, template=False).read(record)
+    assert trained(bare) == ["2"]
+    assert bare.around
+    assert "### Input:\n1 1" in bare.text
+
+
+def test_prompt_and_completion(byte_level):
+    rendering = reader(byte_level).read({"prompt": "2+2=", "completion": "4"})
+    assert (rendering.text, trained(rendering), rendering.around) == ("2+2=4", ["4"], True)
+    record = {"prompt": [FOUR["messages"][1]], "completion": [FOUR["messages"][2]]}
+    assert trained(reader(byte_level).read(record)) == ["a1" + END]
+    record = {"prompt": FOUR["messages"][:4], "completion": FOUR["messages"][4:]}
+    assert trained(reader(byte_level).read(record)) == ["a2" + END]
+
+
+def test_segments(byte_level):
+    segments = [
+        {"text": "<|im_start|>x", "train": False},
+        {"text": "y<|im_end|>", "train": True},
+        {"text": "z", "label": 0},
+    ]
+    rendering = reader(byte_level).read({"segments": segments})
+    assert (rendering.text, trained(rendering)) == ("<|im_start|>xy<|im_end|>z", ["y<|im_end|>"])
+    assert rendering.controls is None
+    assert not rendering.around
+    assert trained(reader(byte_level).read({"input_output": json.dumps(segments)})) == ["y<|im_end|>"]
+
+
+def test_tokens_pass_through(byte_level):
+    read = reader(byte_level).read
+    assert read({"input_ids": [5, 6, 7]}).mask.tolist() == [1, 1, 1]
+    assert read({"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}).mask.tolist() == [0, 1, 0]
+    assert read({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}).mask.tolist() == [0, 1, 1]
+    padded = read({"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]})
+    assert (padded.ids.tolist(), padded.removed) == ([5, 6], 2)
+
+
+def test_columns(byte_level):
+    read = reader(byte_level, columns={"text": "body"}).read
+    assert read({"body": "hello", "text": "not me"}).text == "hello"
+    with pytest.raises(ValueError, match="column body"):
+        read({"text": "x"})
+
+
+def test_control_tokens_are_counted_as_the_template_writes_them(byte_level):
+    read = reader(byte_level).read
+    assert read(chat("a", "b")).controls == 4
+    assert read({"text": "a<|im_end|>"}).controls == 0
+    assert reader(byte_level, allow_special=True).read({"text": "a<|im_end|>"}).controls is None
+    assert reader(byte_level, allow_special=True).read(chat("a", "b")).controls is None
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([1, 2], "an object with named fields, not a list"),
+        ({}, "no known field"),
+        ({"txt": "x"}, "the record has: txt"),
+        ({"chosen": "a", "rejected": "b"}, "preference pair"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": "no json"}, "not JSON"),
+        ({"messages": [{"content": "x"}]}, "message 1 must be an object with role"),
+        ({"messages": [{"role": "a<|im_end|>", "content": "x"}]}, "not a name"),
+        ({"messages": [{"role": "user", "content": 3}]}, "must be text or a list, not a number"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "'image'; only text parts"),
+        ({"messages": [{"role": "user", "content": "x", "weight": 0.5}]}, "weight 0.5"),
+        ({"messages": [{"role": "user"}]}, "the chat template refuses"),
+        ({"conversations": [{"from": "human"}]}, "turn 1"),
+        ({"instruction": "x"}, "must be there"),
+        ({"prompt": "x"}, "must both be there"),
+        ({"segments": [{"text": "x"}]}, "segment 1"),
+        ({"text": 5}, "text must be text"),
+        ({"input_ids": [1, -2]}, "outside the tokenizer's vocabulary"),
+        ({"input_ids": [1, 10**6]}, "outside the tokenizer's vocabulary"),
+        ({"input_ids": ["a"]}, "whole numbers"),
+        ({"input_ids": [1, 2], "labels": [1]}, "as long as input_ids"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, "unshifted"),
+    ],
+)
+def test_bad_records_are_refused_with_their_reason(byte_level, record, reason):
+    with pytest.raises(ValueError, match=reason):
+        reader(byte_level).read(record)
+
+
+def test_a_chat_without_a_template(byte_level):
+    with pytest.raises(ValueError, match="no chat template"):
+        reader(byte_level, template=False).read(FOUR)
