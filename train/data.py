@@ -14,31 +14,11 @@ import numpy as np
 import torch
 
 from formats.dataset import PackedDataset
-from formats.layout import align_up, position_ids, shift_labels, tail_segments
 from formats.order import EMPTY, accumulation, epoch_order, rank_positions, step_span, steps_per_epoch
-from formats.schema import IGNORE_INDEX
-from train.attention.interface import Segments
+from train.row import MicroBatch, Row
 
-TAIL_SEGMENT = 128
-"""Longest segment of tail padding: attention costs the square of a segment."""
-
-READY_ROWS = 2
-"""Rows prepared ahead of the one in use."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One row of `micro_packs` packs, T = micro_packs · capacity: `input_ids`, `position_ids` int32[T], `labels`
-    int64[T] (already shifted, −100 where not a target), and the segments that attention must keep apart.
-
-    Pack k of the row stands at k · capacity: its slots, then its tail padding in segments of its own. The tensors lie
-    in buffers of the loader and are valid until the next row is taken.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    segments: Segments
+READY_TOKENS = 1 << 17
+"""Tokens prepared ahead, in at least two rows: short rows are handed over in runs, not one thread switch each."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +112,14 @@ class PackedLoader:
         self._order = (-1, np.empty(0, np.int64))
         self.stall_seconds = 0.0
 
-        rows = [_Row(dataset, schedule.micro_packs, pinned=device.type == "cuda") for _ in range(READY_ROWS + 2)]
-        self._free: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
+        ahead = max(2, READY_TOKENS // (schedule.micro_packs * dataset.manifest.capacity))
+        # Ahead of the row in use and of the one being filled. Their number bounds both queues.
+        rows = [Row(dataset, schedule.micro_packs, pinned=device.type == "cuda") for _ in range(ahead + 2)]
+        self._free: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         for row in rows:
             self._free.put(row)
-        self._ready: queue.Queue[_Row | BaseException] = queue.Queue(READY_ROWS)
-        self._in_use: _Row | None = None
+        self._ready: queue.SimpleQueue[Row | BaseException] = queue.SimpleQueue()
+        self._in_use: Row | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._prefetch, args=(consumed,), name="prefetch", daemon=True)
         self._thread.start()
@@ -177,12 +159,8 @@ class PackedLoader:
     def close(self) -> None:
         """End the prefetch thread and wait for it."""
         self._closed = True
-        self._free.put(None)
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.01)
-            except queue.Empty:
-                continue
+        self._free.put(None)  # wakes it when it waits for a row
+        self._thread.join()
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         # Two threads read it, possibly for two epochs: a replaced tuple is safe where a cache changed in place is not.
@@ -207,66 +185,3 @@ class PackedLoader:
                 consumed += stop - start
         except BaseException as error:  # handed to the thread that trains, which raises it
             self._ready.put(error)
-
-
-class _Row:
-    """Owned buffers of one row, filled again and again; pinned when they feed a GPU."""
-
-    def __init__(self, dataset: PackedDataset, micro_packs: int, *, pinned: bool):
-        manifest, index = dataset.manifest, dataset.index
-        self._dataset, self._capacity, self._pad_id = dataset, manifest.capacity, manifest.pad_id
-        self._align = manifest.align
-        tokens = micro_packs * manifest.capacity
-        # A static number of segments, so that shapes never change: the most of any pack, for every pack of the row.
-        # Slots of align 1 have no padding; for others the index states the padded length.
-        tail = manifest.capacity - index.padded(manifest.align)
-        most = int((index.documents + -(-tail // TAIL_SEGMENT)).max())
-        self._most_segments = micro_packs * max(most, -(-manifest.capacity // TAIL_SEGMENT)) + 1
-        self._host = {
-            "input_ids": torch.empty(tokens, dtype=torch.int32, pin_memory=pinned),
-            "labels": torch.empty(tokens, dtype=torch.int64, pin_memory=pinned),
-            "position_ids": torch.empty(tokens, dtype=torch.int32, pin_memory=pinned),
-            "cu_seqlens": torch.empty(self._most_segments + 1, dtype=torch.int32, pin_memory=pinned),
-        }
-        self._arrays = {name: tensor.numpy() for name, tensor in self._host.items()}
-        self._max_seqlen = 0
-        self._copied: torch.cuda.Event | None = None
-
-    def fill(self, packs: np.ndarray, verify: bool) -> None:
-        """Copy `packs` (ids, `EMPTY` for none) into the row and derive labels, positions and segments."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        ids, labels = self._arrays["input_ids"], self._arrays["labels"]
-        lengths, longest = [], TAIL_SEGMENT
-        for k, number in enumerate(packs.tolist()):
-            first, used = k * self._capacity, 0
-            if number != EMPTY:
-                if verify:
-                    self._dataset.check(number)
-                pack = self._dataset[number]
-                used = len(pack.input_ids)
-                ids[first : first + used] = pack.input_ids
-                shift_labels(pack.input_ids, pack.loss_mask, out=labels[first : first + used])
-                lengths.append(pack.seq_lens_padded)
-                longest = max(longest, int(self._dataset.index.max_seqlen[number]))
-            ids[first + used : first + self._capacity] = self._pad_id
-            labels[first + used : first + self._capacity] = IGNORE_INDEX
-            lengths.append(tail_segments(self._capacity - used, TAIL_SEGMENT))
-        segments = np.concatenate(lengths)
-        position_ids(segments, out=self._arrays["position_ids"])
-        cu_seqlens = self._arrays["cu_seqlens"]
-        cu_seqlens[0] = 0
-        np.cumsum(segments, out=cu_seqlens[1 : len(segments) + 1])
-        cu_seqlens[len(segments) + 1 :] = len(ids)
-        aligned = int(align_up(np.int64(longest), self._align))
-        self._max_seqlen = min(len(ids), 1 << (aligned - 1).bit_length())
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The row on `device`: the buffers themselves on CPU, copies in flight on CUDA."""
-        tensors = self._host
-        if device.type == "cuda":
-            tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self._host.items()}
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        segments = Segments(tensors["cu_seqlens"], self._max_seqlen)
-        return MicroBatch(tensors["input_ids"], tensors["labels"], tensors["position_ids"], segments)

@@ -10,9 +10,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from train.config import Optim
-from train.data import MicroBatch, PackedLoader
+from train.data import PackedLoader
 from train.mesh import Mesh
 from train.optim import clip_gradients
+from train.row import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from formats.dataset import PackedDataset
 from formats.order import EMPTY
 from make_shards import make_shards, random_packs
-from train.data import TAIL_SEGMENT, PackedLoader, Schedule, open_shards
+from train.data import PackedLoader, Schedule, open_shards
+from train.row import TAIL_SEGMENT
 
 CPU = torch.device("cpu")
 
