@@ -68,14 +68,16 @@ def _l2(sizes, counts, capacity):
 @njit(cache=True, nogil=True)
 def _sums(sizes, counts, capacity, exact, floors):
     """exact[k]: Σ count · size where (k + 1)·size is a multiple of C; floors[k]: Σ count · ⌊(k + 1)·size / C⌋ else."""
-    for i in range(sizes.size):
-        whole, rest = np.int64(0), sizes[i]
-        for k in range(exact.size):
-            if rest >= capacity:  # (k + 1) · size = whole · C + rest, carried along without a division
-                rest -= capacity
-                whole += 1
-            if rest == 0:
-                exact[k] += counts[i] * sizes[i]
-            else:
-                floors[k] += counts[i] * whole
-            rest += sizes[i]
+    # (k + 1) · size = whole · C + rest, carried along without a division; the inner loop is vector code.
+    whole, rest, weight = sizes // capacity, sizes % capacity, counts * sizes
+    for k in range(1, exact.size):
+        sum_exact, sum_floors = np.int64(0), np.int64(0)
+        for i in range(sizes.size):
+            r = rest[i] + sizes[i]
+            over = np.int64(r >= capacity)
+            r -= capacity * over
+            w = whole[i] + over
+            rest[i], whole[i] = r, w
+            sum_exact += weight[i] if r == 0 else np.int64(0)
+            sum_floors += np.int64(0) if r == 0 else counts[i] * w
+        exact[k], floors[k] = sum_exact, sum_floors

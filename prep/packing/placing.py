@@ -41,76 +41,72 @@ def assign(lengths: Lengths, plan: Plan, seed: int, *, textbook: bool = False) -
     """
     h = lengths.histogram
     out = np.empty(h.num_docs, np.int32)
-    words = np.empty(lengths.table, np.uint64)
-    cursors = np.empty((lengths.table, 4), np.int32)
+    words, cursors = np.empty(lengths.table, np.uint64), np.empty((lengths.table, 4), np.int32)
+    rounds, turns = np.empty(plan.start.size, np.uint64), np.empty(plan.start.size, np.int32)
     _begin(
         lengths.keys_of_sizes, h.counts, plan.ptr, plan.start, plan.bins, plan.per_bin, np.uint64(seed % 2**64),
-        textbook, words, cursors,
+        textbook, rounds, turns, words, cursors,
     )  # fmt: skip
     for first, keys in lengths.chunks():
-        _deal(keys, words, cursors, plan.start, plan.bins, plan.per_bin, textbook, out[first : first + keys.size])
+        _deal(keys, words, cursors, rounds, turns, out[first : first + keys.size])
     return out
 
 
 @njit(cache=True, nogil=True)
-def _begin(keys, counts, ptr, start, bins, per_bin, seed, textbook, words, cursors):
-    """Sets each length's word and cursor (placement, round, first placement, end) to its first document's place."""
+def _begin(keys, counts, ptr, start, bins, per_bin, seed, textbook, rounds, turns, words, cursors):
+    """Sets each placement's first word and number of rounds, each length's word and cursor to its first document.
+
+    A round deals one document to every bin of the placement; or, for a single bin and with `textbook`, all its
+    documents to one bin, and the next round is the next bin. cursors: placement, round, first placement, end.
+    """
+    for p in range(start.size):
+        if bins[p] == 1 or (textbook and per_bin[p] > 1):
+            rounds[p] = np.uint64(start[p]) | (np.uint64(per_bin[p]) << LEFT_SHIFT)
+            turns[p] = bins[p]
+        else:
+            rounds[p] = np.uint64(start[p]) | STEP | (np.uint64(bins[p]) << LEFT_SHIFT)
+            turns[p] = per_bin[p]
     for i in range(keys.size):
-        key = keys[i]
-        place, skip = ptr[i], np.int64(0)
-        cursors[key, 2] = place
-        cursors[key, 3] = ptr[i + 1]
+        key, place, turn = keys[i], ptr[i], np.uint64(0)
+        word = rounds[place]
         if not textbook:
             skip = np.int64(_hash(seed, np.uint64(key)) % np.uint64(counts[i]))
             while skip >= np.int64(bins[place]) * per_bin[place]:
                 skip -= np.int64(bins[place]) * per_bin[place]
                 place += 1
+            word = rounds[place]
+            each = word >> LEFT_SHIFT
+            turn = np.uint64(skip) // each
+            done = np.uint64(skip) - turn * each
+            word = word - done * ONE_LEFT + (done if word & STEP else turn)
+        words[key] = word
         cursors[key, 0] = place
-        if _fills(bins[place], per_bin[place], textbook):
-            cursors[key, 1] = skip // per_bin[place]
-            done = skip - np.int64(cursors[key, 1]) * per_bin[place]
-            words[key] = _word(start[place] + cursors[key, 1], per_bin[place] - done, np.uint64(0))
-        else:
-            cursors[key, 1] = skip // bins[place]
-            done = skip - np.int64(cursors[key, 1]) * bins[place]
-            words[key] = _word(start[place] + done, bins[place] - done, STEP)
+        cursors[key, 1] = turn
+        cursors[key, 2] = ptr[i]
+        cursors[key, 3] = ptr[i + 1]
 
 
 @njit(cache=True, nogil=True)
-def _deal(keys, words, cursors, start, bins, per_bin, textbook, out):
+def _deal(keys, words, cursors, rounds, turns, out):
     for i in range(keys.size):
-        key = keys[i]
+        key = np.uint32(keys[i])
         word = words[key]
         out[i] = np.int32(word & LOW)
         word = word - ONE_LEFT + ((word >> STEP_SHIFT) & BIT)
         if word < ONE_LEFT:
             # The next round of the placement, else the first of the next placement, cyclically.
-            place, turn = cursors[key, 0], cursors[key, 1] + 1
-            fills = _fills(bins[place], per_bin[place], textbook)
-            if turn == (bins[place] if fills else per_bin[place]):
-                turn = 0
-                place += 1
-                if place == cursors[key, 3]:
-                    place = cursors[key, 2]
-                cursors[key, 0] = place
-                fills = _fills(bins[place], per_bin[place], textbook)
+            place, turn = np.uint32(cursors[key, 0]), cursors[key, 1] + np.int32(1)
+            if turn == turns[place]:
+                turn = np.int32(0)
+                place += np.uint32(1)
+                if place == np.uint32(cursors[key, 3]):
+                    place = np.uint32(cursors[key, 2])
+                cursors[key, 0] = np.int32(place)
             cursors[key, 1] = turn
-            if fills:
-                word = _word(start[place] + turn, per_bin[place], np.uint64(0))
-            else:
-                word = _word(start[place], bins[place], STEP)
+            word = rounds[place]
+            if not word & STEP:
+                word += np.uint64(turn)
         words[key] = word
-
-
-@njit(cache=True, nogil=True, forceinline=True)
-def _fills(bins, per_bin, textbook):
-    """Whether a round is one bin filled with all its documents, rather than one document for every bin."""
-    return bins == 1 or (textbook and per_bin > 1)
-
-
-@njit(cache=True, nogil=True, forceinline=True)
-def _word(first, left, step):
-    return np.uint64(first) | step | (np.uint64(left) << LEFT_SHIFT)
 
 
 @njit(cache=True, nogil=True, forceinline=True)
