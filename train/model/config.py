@@ -11,12 +11,13 @@ class Rope:
     `kind` "default": θ^(−2i/dim). "linear": those divided by `factor`. "llama3": frequencies whose wavelength exceeds
     the original context divided by `factor`, a smooth step between `high_freq_factor` and `low_freq_factor`.
     "yarn" (arXiv 2309.00071): the same idea with a linear ramp over dimensions; cosine and sine are multiplied by
-    `attention_factor`.
+    `attention_factor`. "longrope" (arXiv 2402.13753): each frequency is divided by a factor of its own, one of
+    `short_factors` in a document that fits the original context, one of `long_factors` in a longer one.
     """
 
     theta: float
     dim: int
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     original_context: int = 0
     low_freq_factor: float = 1.0
@@ -24,6 +25,8 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
 
 

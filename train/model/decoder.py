@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         if self.config.embedding_scale is not None:
             x_TD = x_TD * x_TD.new_tensor(self.config.embedding_scale)  # rounded to the model's type, as trained
         ropes = {layer.rope for layer in self.config.layers if layer.rope is not None}
-        tables = {rope: rope_tables(rope, position_ids_T, x_TD.dtype) for rope in ropes}
+        tables = {rope: rope_tables(rope, position_ids_T, segments, x_TD.dtype) for rope in ropes}
         for block, layer in zip(self.layers, self.config.layers, strict=True):
             x_TD = block(x_TD, tables.get(layer.rope), segments)
         tied_weight_VD = self.embed_tokens.weight if self.config.tied_embeddings else None

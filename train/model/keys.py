@@ -126,8 +126,16 @@ def read_rope(
             attention_factor=attention_factor,
             **betas,
         )
+    elif kind in ("longrope", "su"):
+        factor = given.pop("factor", None) or keys.take("max_position_embeddings") / context
+        attention_factor = given.pop("attention_factor", None)
+        if attention_factor is None:
+            attention_factor = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+        factors = {f"{size}_factors": tuple(given.pop(f"{size}_factor")) for size in ("short", "long")}
+        common["kind"] = "longrope"
+        rope = Rope(**common, original_context=context, attention_factor=attention_factor, **factors)
     else:
-        raise ValueError(f"Rope scaling {kind!r} is not supported: use default, linear, llama3 or yarn.")
+        raise ValueError(f"Rope scaling {kind!r} is not supported: use default, linear, llama3, yarn or longrope.")
     if given:
         raise ValueError(f"Unknown keys in the rope parameters of config.json: {', '.join(sorted(given))}.")
     return rope

@@ -11,11 +11,12 @@ import math
 import torch
 from torch import Tensor
 
+from train.attention.interface import Segments
 from train.model.config import Rope
 
 
-def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
-    """Angle per position of each pair of dimensions, float32 [R/2]."""
+def inverse_frequencies(rope: Rope, device: torch.device | None = None, *, long: bool = False) -> Tensor:
+    """Angle per position of each pair of dimensions, float32 [R/2]; `long` matters to longrope only."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
@@ -38,6 +39,9 @@ def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tenso
         ramp = (torch.arange(rope.dim // 2, dtype=torch.float32, device=device) - first) / max(last - first, 1e-3)
         kept = 1 - ramp.clamp(0, 1)
         return frequencies / rope.factor * (1 - kept) + frequencies * kept
+    if rope.kind == "longrope":
+        factors = rope.long_factors if long else rope.short_factors
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32, device=device) * rope.theta**exponents)
     assert rope.kind == "default"
     return frequencies
 
@@ -47,12 +51,23 @@ def _yarn_dimension(rope: Rope, rotations: float) -> float:
     return rope.dim * math.log(rope.original_context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
-def rope_tables(rope: Rope, position_ids_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(rope: Rope, position_ids_T: Tensor, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine for a model in `dtype`, each [T, 1, R/2], in float32, or float64 for a float64 model."""
     precise = torch.promote_types(dtype, torch.float32)
     frequencies = inverse_frequencies(rope, position_ids_T.device).to(precise)
+    if rope.kind == "longrope":
+        stretched = inverse_frequencies(rope, position_ids_T.device, long=True).to(precise)
+        is_long = _document_lengths(position_ids_T, segments) > rope.original_context
+        frequencies = torch.where(is_long[:, None, None], stretched, frequencies)
     angles = position_ids_T.to(precise)[:, None, None] * frequencies
     return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+
+
+def _document_lengths(position_ids_T: Tensor, segments: Segments) -> Tensor:
+    """For every token the length of its document (of its slot, where that is padded); no host synchronisation."""
+    tokens = torch.arange(len(position_ids_T), dtype=torch.int32, device=position_ids_T.device)
+    document = torch.searchsorted(segments.cu_seqlens, tokens, right=True)
+    return segments.cu_seqlens[document] - segments.cu_seqlens[document - 1]
 
 
 def apply_rope(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

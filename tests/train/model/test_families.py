@@ -42,6 +42,13 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+LONG_ROPE = {  # one document of LENGTHS is longer than the original context, the others are not
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.0, 4.0],
+}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 
 
@@ -94,6 +101,7 @@ CASES = {
         "Phi3Config",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
+    "phi3-longrope": Case("phi3", "Phi3Config", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
     "smollm3": Case("smollm3", "SmolLM3Config", {"no_rope_layer_interval": 2}),
     "olmo2": Case("olmo2", "Olmo2Config"),
 }
@@ -144,6 +152,8 @@ def test_logits_equal_transformers(case):
 def test_packed_equals_separate(case):
     ours, theirs = load(*case, torch.float64)
     documents = random_documents(LENGTHS, 199)
+    with torch.no_grad():  # makes longrope's table of long documents, in float32 as it is meant to be
+        theirs(torch.zeros(1, 90, dtype=torch.int64), use_cache=False)
     with KeepDouble():
         total, gradients = run_by_documents(theirs, documents)
     ids, positions, labels, segments = pack(documents, align=4, tail=5)
