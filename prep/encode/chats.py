@@ -93,7 +93,8 @@ class ChatRenderer:
             controls = sum(1 for s, e in literals for _ in self._control.finditer(chat.text, s, e))
         rendering = Rendering(chat.text, spans, controls, literals)
         if self._direct is not None and tools is None and guard:
-            self._direct.learn(messages, rendering, chat)
+            header = turns.header if self._policy.roles == ("assistant",) else None
+            self._direct.learn(messages, rendering, chat, self._template, header)
         return rendering
 
     def _locate(self, messages: Sequence[dict], tools: Sequence | None) -> MarkedChat:

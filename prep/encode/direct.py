@@ -55,6 +55,8 @@ class _Frame:
     spans: list[tuple[int, int, int, int]]
     """(content after which the start counts, characters from there, the same for the end) of each trained span."""
     controls: int | None
+    strips: list[bool | None]
+    """For each content whether it loses the white space at its edges; None: only Jinja can tell."""
 
 
 class DirectRenderer:
@@ -76,9 +78,19 @@ class DirectRenderer:
         frame = self._frames.get(tuple(roles))
         if frame is None:
             return None
-        for content in contents:
-            if not content or content[0].isspace() or content[-1].isspace() or not self._is_plain(content):
+        equal, inside = self._inspection.equal, self._inspection.inside
+        for k, content in enumerate(contents):
+            if not content or content.isspace() or content in equal:
                 return None
+            if content[0].isspace() or content[-1].isspace():
+                strips = frame.strips[k]
+                if strips is None:
+                    return None
+                if strips:
+                    contents[k] = content.strip()
+            for text in inside:
+                if text in content:
+                    return None
         literals = frame.literals
         pieces = [literals[0]]
         for content, literal in zip(contents, literals[1:], strict=True):
@@ -93,8 +105,18 @@ class DirectRenderer:
         seen = self._inspection
         return content not in seen.equal and not any(text in content for text in seen.inside)
 
-    def learn(self, messages: Sequence[dict], rendering: Rendering, chat: MarkedChat) -> None:
-        """Take the fixed text of a plain chat that Jinja has rendered."""
+    def learn(
+        self,
+        messages: Sequence[dict],
+        rendering: Rendering,
+        chat: MarkedChat,
+        template: ChatTemplate,
+        header: str | None,
+    ) -> None:
+        """Take the fixed text of a plain chat that Jinja has rendered.
+
+        `header`: what stands before the turns of the model, if only these are trained.
+        """
         if len(self._frames) >= _MAX_ORDERS or any(message.keys() != _PLAIN_KEYS for message in messages):
             return
         contents = [message["content"] for message in messages]
@@ -116,7 +138,35 @@ class DirectRenderer:
             inside = [s for _, s, e in chat.words if s < start < e or s < end < e]
             if inside:
                 return  # a border inside a word moves with the word
-        self._frames[tuple(message["role"] for message in messages)] = _Frame(literals, spans, rendering.controls)
+        strips = _stripping(messages, literals, template)
+        for k, message in enumerate(messages):
+            # White space at the edges of words is trained with them right after a header; elsewhere words are bare.
+            trained = message["role"] == "assistant"
+            if not strips[k] and not (header and (not trained or literals[k].endswith(header))):
+                strips[k] = None
+        frame = _Frame(literals, spans, rendering.controls, strips)
+        self._frames[tuple(message["role"] for message in messages)] = frame
+
+
+def _stripping(messages: Sequence[dict], literals: Sequence[str], template: ChatTemplate) -> list[bool | None]:
+    """For each content whether the template strips its edges, found by padding all contents in three ways."""
+    found: list[set] = [set() for _ in messages]
+    for pad in ("\n \t", " \t\n", "\t\n "):  # every kind of white space once outermost
+        padded = [f"{pad}{message['content']}{pad[::-1]}" for message in messages]
+        text = template.render([{**m, "content": c} for m, c in zip(messages, padded, strict=True)])
+        at = len(literals[0])
+        for k, message in enumerate(messages):
+            # What may be left of the padding: any end of it before the content, any beginning of it behind.
+            forms = [(pad[i:], pad[::-1][:j]) for i in range(4) for j in range(4)]
+            for before, behind in forms:
+                written = before + message["content"] + behind
+                if text.startswith(written + literals[k + 1], at):
+                    found[k].add({6: False, 0: True}.get(len(before) + len(behind)))
+                    at += len(written) + len(literals[k + 1])
+                    break
+            else:
+                return [None] * len(messages)
+    return [choices.pop() if len(choices) == 1 else None for choices in found]
 
 
 def only_frames(template: ChatTemplate) -> Inspection | None:

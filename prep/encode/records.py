@@ -72,6 +72,7 @@ class RecordReader:
         self._policy = policy
         self._columns = dict(columns or {})
         self._allow_special = allow_special
+        self._roles: set[str] = set()  # names that were looked at
 
     def read(self, record: object) -> Rendering | Tokens:
         """One record.
@@ -123,6 +124,13 @@ class RecordReader:
         if type(messages) is not list or not messages:
             raise ValueError("messages must be a list with at least one message")
         for number, message in enumerate(messages, 1):
+            if (
+                type(message) is dict
+                and len(message) == 2
+                and message.get("role") in self._roles
+                and type(message.get("content")) is str
+            ):
+                continue
             if type(message) is not dict or type(message.get("role")) is not str:
                 raise ValueError(f"message {number} must be an object with role and content")
             if not _ROLE.fullmatch(message["role"]):
@@ -133,6 +141,7 @@ class RecordReader:
                 )
             if message.get("weight") not in (None, 0, 1):
                 raise ValueError(f"message {number} has weight {message['weight']}; only 0 and 1 are possible")
+            self._roles.add(message["role"])
         if train_from:
             messages = [{**m, "train": False} for m in messages[:train_from]] + messages[train_from:]
         tools = _parsed(tools, "tools") or None
