@@ -22,6 +22,7 @@ import click
 import gguf
 import numpy as np
 import xxhash
+from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -267,7 +268,9 @@ def _write_json(path: Path, content: dict) -> None:
 def main(out: Path, gguf_path: Path | None) -> None:
     """Write SmolLM2-135M-Instruct as the Hugging Face folder OUT."""
     try:
-        click.echo(convert(out, gguf_path))
+        with Console(stderr=True).status("SmolLM2: reading the GGUF, dequantising, writing the folder (about 10 s)"):
+            folder = convert(out, gguf_path)
+        click.echo(folder)
     except (ValueError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from None
 

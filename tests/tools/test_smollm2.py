@@ -120,6 +120,19 @@ def test_failure_leaves_nothing(tmp_path, smollm2_dir, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_process_that_was_first_wins(tmp_path, smollm2_dir, monkeypatch):
+    def meanwhile(facts):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "conversion.json").write_bytes((smollm2_dir / "conversion.json").read_bytes())
+        return json.loads((smollm2_dir / "tokenizer.json").read_text())
+
+    monkeypatch.setattr(smollm2, "tokenizer", meanwhile)
+    monkeypatch.setattr(smollm2, "weights", lambda reader, config: {"w": np.zeros(1, np.float32)})
+    assert smollm2.convert(tmp_path / "out") == tmp_path / "out"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["conversion.json"]
+
+
 def test_command_line_needs_neither_torch_nor_transformers(tmp_path, smollm2_dir):
     script = (
         "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"

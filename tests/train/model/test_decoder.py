@@ -182,3 +182,21 @@ def test_initial_weights_are_a_function_of_seed_and_name(tiny_llama_dir):
     assert not torch.equal(first["layers.0.mlp.up_proj.weight"], first["layers.1.mlp.up_proj.weight"])
     assert (first["norm.weight"] == 1).all()
     assert abs(first["embed_tokens.weight"].std().item() / config.initializer_range - 1) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED: no CUDA device")
+def test_cuda_bfloat16_stays_near_cpu_float32(tiny_llama_dir):
+    ids, positions, labels, segments = pack(random_documents(LENGTHS, 320))
+    reference, _ = load(tiny_llama_dir, torch.float32)
+    expected = reference(ids, positions, segments, labels)
+    expected.backward()
+    model = Decoder(reference.config, "torch").to("cuda", torch.bfloat16)
+    hf.load_weights(model, tiny_llama_dir)
+    on_device = Segments(segments.cu_seqlens.cuda(), segments.max_seqlen)
+    loss = model(ids.cuda(), positions.cuda(), on_device, labels.cuda())
+    loss.backward()
+    assert distance(loss.cpu(), expected) < 0.02
+    gradients = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert distance(parameter.grad.cpu(), gradients[name].grad) < 0.1, name
