@@ -84,7 +84,7 @@ def mixed_model():
     model, grads = nn.Module(), []
     for i, (axis, placements) in enumerate(placed):
         value, grad = torch.zeros(5, 6), torch.randn(5, 6)
-        grads.append(grad)
+        grads.append(grad.clone())
         if axis is not None:
             value, grad = (distribute_tensor(t, axis, placements) for t in (value, grad))
         parameter = nn.Parameter(value)
