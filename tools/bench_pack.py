@@ -73,6 +73,23 @@ def lengths_of(name: str, n: int) -> tuple[np.ndarray, int]:
     return make(np.random.default_rng(0), n, capacity).astype(np.int32), capacity
 
 
+def demo_lengths(model: Path, capacity: int) -> np.ndarray | None:
+    """Token counts of the demo's conversations, as ChatML, cut off at the capacity; None (said loudly) without them."""
+    try:
+        from tokenizers import Tokenizer
+
+        from tools.demo_chats import chatterbot, chitchat
+
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        chats = [turns for source in (chitchat(), chatterbot()) for turns in source if turns]
+    except Exception as error:  # packages or the demo's tokenizer are missing: tools/demo makes both
+        print(f"!! DEMO DATA LEFT OUT: {type(error).__name__}: {error} (run tools/demo first)", flush=True)
+        return None
+    texts = ["".join(f"<|im_start|>user\n{turn}<|im_end|>\n" for turn in turns) for turns in chats]
+    lengths = [len(e.ids) for e in tokenizer.encode_batch_fast(texts)]
+    return np.clip(lengths, 1, capacity).astype(np.int32)
+
+
 @njit(cache=True)
 def bincount(x, counts):
     for v in x:
@@ -85,6 +102,9 @@ def main() -> None:
     parser.add_argument("--sizes", default="10000,100000", help="documents, for the quality section")
     parser.add_argument("--lengths", type=Path, action="append", default=[], help=".npy of real lengths, for quality")
     parser.add_argument("--capacity", type=int, default=2048, help="capacity for --lengths")
+    parser.add_argument(
+        "--demo-model", type=Path, default=ROOT / "demo-out" / "model", help="folder with the tokenizer"
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write all results here")
     options = parser.parse_args()
@@ -134,18 +154,27 @@ def check_peer(lengths: np.ndarray, capacity: int, bins: list[list[int]]) -> int
 
 
 def alternate(contenders: dict, repeats: int, budget: float = 20.0) -> dict[str, float]:
-    """Median seconds of each contender; all run in turn, one that has used up its budget drops out of later rounds."""
+    """Median seconds of each contender; all take turns, one that has used up its budget drops out of later rounds.
+
+    A turn is about 20 ms of runs in a row, at least one, so that no contender is timed on caches that another filled.
+    """
     times = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()  # caches, page faults of the allocator, lazy imports
+    in_a_row = {}
+    for name, run in contenders.items():
+        run()  # lazy imports, kernels from the cache
+        in_a_row[name] = max(1, min(50, int(0.02 / _timed(run))))
     for _ in range(repeats):
         for name, run in contenders.items():
             if sum(times[name]) < budget:
                 gc.collect()
-                begin = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - begin)
+                times[name] += [_timed(run) for _ in range(in_a_row[name])]
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _timed(run) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def peak_extra_mb(run) -> float:
@@ -168,15 +197,15 @@ def _status(field: str) -> int:
 def run_quality(options, peers, targets) -> list[dict]:
     rows, worse = [], 0
     cases = [(name, *lengths_of(name, int(n))) for n in options.sizes.split(",") for name in WORKLOADS]
+    demo = demo_lengths(options.demo_model, 1024)
+    cases += [] if demo is None else [("demo@1024", demo, 1024)]
     cases += [(path.stem, np.load(path).astype(np.int32), options.capacity) for path in options.lengths]
     print(f"{'workload':16} {'N':>8} {'packer':18} {'ms':>10} {'fill %':>8} {'bins':>8} {'over bound %':>12} {'MB':>7}")
     for name, lengths, capacity in cases:
         found: dict[str, tuple] = {}
         for algo in OURS:
             packing: Packing = pack(lengths, capacity, algo)  # also loads the kernels
-            begin = time.perf_counter()
-            pack(lengths, capacity, algo)
-            seconds = time.perf_counter() - begin
+            seconds = _timed(partial(pack, lengths, capacity, algo))
             check(lengths, capacity, packing.bin_ids, packing.num_bins)
             memory = peak_extra_mb(partial(pack, lengths, capacity, algo))
             found[algo] = packing.num_bins, seconds, memory
