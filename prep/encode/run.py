@@ -59,7 +59,10 @@ def encode(
     workers: int = 1,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
-) -> DocumentStore:
+    runner: str = "local",
+    ray_address: str | None = None,
+    unit_range: tuple[int, int] | None = None,
+) -> DocumentStore | None:
     """Encode records into a document store and open it.
 
     The bytes of the store depend on the inputs, the options and the package versions, not on the workers or on crashes.
@@ -71,6 +74,9 @@ def encode(
         workers: processes.
         resume: go on where an unfinished store stopped. Without it such a folder is refused.
         progress: called after every unit.
+        runner: `local` runs units on processes of this machine, `ray` on a Ray cluster (`ray_address`, else a new one).
+        unit_range: (i, n) does only units i−1, i−1+n, … (a task of a Slurm array), finishes nothing and returns None;
+            several may run at once. A last call without it and with `resume` finishes the store.
 
     Raises:
         ValueError: bad input or options, or a store of something else in the folder; one sentence that names it.
@@ -85,17 +91,32 @@ def encode(
         _refuse_difference(store, finished, plan)
         return DocumentStore.open(store)
     units = cut_units(files, sources, options.unit_bytes)
-    _claim(store, plan, resume)
+    _claim(store, plan, resume or unit_range is not None)
+    run = _runner(runner, ray_address, workers)
     job = Job(str(store), options, tuple(sources), engine)
-    with _alone(store):
-        return _run(job, units, plan, workers, progress)
+    with _alone(store, shared=unit_range is not None):
+        if unit_range is not None:
+            units = units[unit_range[0] - 1 :: unit_range[1]]
+        results = run(functools.partial(encode_unit, job), units, _reporter(units, options, progress))
+        return _finish(job, results, plan) if unit_range is None else None
 
 
-def _run(
-    job: Job, units: Sequence[Unit], plan: dict, workers: int, progress: Callable[[Progress], None] | None
-) -> DocumentStore:
+def _runner(name: str, ray_address: str | None, workers: int) -> Callable:
+    """Who runs the units: a function (function, units, on_done) → results in order."""
+    if name == "local":
+        return functools.partial(_run_locally, workers)
+    from prep.engine.ray import run_units as run_on_ray  # ray is an extra
+
+    return functools.partial(run_on_ray, address=ray_address)
+
+
+def _run_locally(workers: int, function: Callable, units: Sequence[Unit], on_done) -> list:
+    return run_units(function, units, workers, on_done)
+
+
+def _finish(job: Job, results: Sequence[UnitResult], plan: dict) -> DocumentStore:
+    """All units are done: add up the ledger, choose the rows, write store.json."""
     store, options, sources = Path(job.store), job.options, job.sources
-    results = run_units(functools.partial(encode_unit, job), units, workers, _reporter(units, options, progress))
     ledger = Ledger()
     for source in sources:
         ledger.open(source.name)
@@ -118,12 +139,12 @@ def _run(
 
 
 @contextmanager
-def _alone(store: Path) -> Iterator[None]:
-    """Hold the folder's lock; it goes with the process, however that ends."""
+def _alone(store: Path, shared: bool) -> Iterator[None]:
+    """Hold the folder's lock, which goes with the process, however that ends; `shared` with others of its kind."""
     descriptor = os.open(store, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"{store}: another process is writing this store; wait for it or give another folder"
@@ -238,7 +259,10 @@ def _claim(store: Path, plan: dict, resume: bool) -> None:
     if store.exists() and any(not entry.name.endswith(".tmp") for entry in store.iterdir()):
         raise ValueError(f"{store}: already holds something that is no document store; give an empty folder")
     (store / "units").mkdir(parents=True, exist_ok=True)
-    write_json(file, plan)
+    try:
+        write_json(file, plan)
+    except FileNotFoundError:  # another task of the same array was faster
+        _refuse_difference(store, json.loads(file.read_text(encoding="utf-8")), plan)
 
 
 def _refuse_difference(store: Path, theirs: dict, ours: dict) -> None:

@@ -144,6 +144,8 @@ class StoreInfo:
     inputs: tuple[dict, ...]
     packages: dict[str, str]
     options: dict
+    engine: str
+    """`hf` or `fast`: what made the ids."""
 
 
 def source_ranges(names: Sequence[str], counts: Sequence[int]) -> list[tuple[str, int, int]]:

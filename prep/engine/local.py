@@ -118,6 +118,8 @@ def _serve(pipe, function, parent: int) -> None:
     _die_with(parent)
     # Ctrl-C goes to the whole group: the parent alone decides and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent's word to end is an exception here, so that files that are being written are taken away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     while True:
         try:
             _, unit = pipe.recv()
@@ -138,5 +140,5 @@ def _serve(pipe, function, parent: int) -> None:
 def _plain(error: Exception) -> Exception:
     """The error as one that surely survives pickling."""
     if isinstance(error, OSError):
-        return OSError(error.errno, str(error)) if error.errno else OSError(str(error))
+        return OSError(error.errno, error.strerror, error.filename) if error.errno else OSError(str(error))
     return ValueError(str(error))

@@ -1,6 +1,7 @@
 """`encode` from files to a store: every format, every crash, every refusal."""
 
 import csv
+import errno
 import gzip
 import hashlib
 import json
@@ -18,11 +19,13 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from prep.encode.command import encode as command
 from prep.encode.options import EncodeOptions, MaskPolicy
 from prep.encode.run import encode
-from prep.encode.sources import SourceSpec
-from prep.encode.store import DocumentStore
+from prep.encode.sources import SourceSpec, read_mix
+from prep.encode.store import DocumentStore, UnitWriter
 
 WORDS = ["the", "quick", "brown", "fox", "naïve", "日本語", "emigrés", "😀", "x" * 30, "\n", "line\nbreak"]
 KILLS = 20
@@ -474,3 +477,94 @@ def test_a_store_is_read_only_views(tmp_path, byte_level):
     assert mask.dtype == np.uint8
     assert [len(store.document(i)[0]) for i in range(5)] == store.lengths.tolist()
     assert [int(store.document(i)[1].sum()) for i in range(5)] == store.target_tokens.tolist()
+
+
+def test_parts_of_an_array_make_the_same_store(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(100))
+    options = EncodeOptions(str(byte_level), unit_bytes=3000)
+    run(path, tmp_path / "whole", byte_level, unit_bytes=3000)
+    for part in (2, 3, 1):
+        assert encode([path], tmp_path / "parts", options, unit_range=(part, 3)) is None
+    assert not (tmp_path / "parts" / "store.json").exists()
+    encode([path], tmp_path / "parts", options, resume=True)
+    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+
+
+def test_two_writers_are_refused(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(10))
+    caught = []
+
+    def second(_):
+        with pytest.raises(ValueError, match="another process is writing") as error:
+            run(path, tmp_path / "s", byte_level, resume=True)
+        caught.append(error)
+
+    encode([path], tmp_path / "s", EncodeOptions(str(byte_level)), progress=second)
+    assert caught
+
+
+def test_a_mix_from_yaml(tmp_path, byte_level):
+    write_jsonl(tmp_path / "a.jsonl", [{"body": "one"}, {"body": "two"}])
+    (tmp_path / "b.txt").write_text("three\n\nfour\n")
+    (tmp_path / "mix.yaml").write_text(
+        "sources:\n"
+        "  - {name: first, paths: a.jsonl, columns: {text: body}, repeat: 2}\n"
+        "  - {name: second, paths: [b.txt], text_by: paragraph}\n"
+    )
+    store = run(read_mix(str(tmp_path / "mix.yaml")), tmp_path / "s", byte_level)
+    assert store.info.sources == (("first", 0, 4), ("second", 4, 6))
+    for text, reason in (
+        ("sources: []", "a list under"),
+        ("sources: [{name: x}]", "no paths"),
+        ("sources: [{name: x, pats: y}]", "unknown field pats"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            read_mix(str(tmp_path / "bad.yaml"))
+
+
+def test_the_command(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", [*chats(5), {"text": ""}])
+    result = CliRunner().invoke(command, [str(path), "--out", str(tmp_path / "s"), "--tokenizer", str(byte_level)])
+    assert result.exit_code == 0, result.output
+    assert "5 documents" in result.output
+    assert "dropped, empty: 1 documents" in result.output
+    result = CliRunner().invoke(command, ["--out", "x", "--tokenizer", "y"])
+    assert result.exit_code == 2
+    assert "either INPUTS or --mix" in result.output
+
+
+def test_a_full_disk_is_an_error_that_can_be_resumed(tmp_path, byte_level, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(100))
+    run(path, tmp_path / "whole", byte_level, unit_bytes=4000)
+    real, calls = UnitWriter.write, []
+
+    def full(self, *columns):
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, *columns)
+
+    monkeypatch.setattr(UnitWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(path, tmp_path / "s", byte_level, unit_bytes=4000)
+    monkeypatch.undo()
+    assert not list((tmp_path / "s").rglob("*.tmp"))
+    run(path, tmp_path / "s", byte_level, unit_bytes=4000, resume=True)
+    assert digest(tmp_path / "s") == digest(tmp_path / "whole")
+
+
+def test_ctrl_c_ends_cleanly_and_can_be_resumed(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(20000))
+    program = [sys.executable, "-c", "from prep.encode.command import encode; encode()", path, "--out", tmp_path / "s"]
+    program += ["--tokenizer", byte_level, "--workers", "2", "--unit-bytes", "5000"]
+    process = subprocess.Popen(program, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "s" / "units" / "00002.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "go on with --resume" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "s").rglob("*.tmp"))

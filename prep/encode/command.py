@@ -1,0 +1,145 @@
+"""`prep encode`: parse, call, print."""
+
+import os
+from pathlib import Path
+
+import click
+
+from prep.encode.options import DEDUP, END_OF_TURN, ENGINES, ON_ERROR, TRAIN_ON, UNIT_BYTES, EncodeOptions, MaskPolicy
+
+
+@click.command()
+@click.argument("inputs", nargs=-1)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the document store.")
+@click.option("--tokenizer", required=True, help="Folder with tokenizer.json and the chat template.")
+@click.option("--mix", type=click.Path(), help="YAML of sources with paths, format, template, weight, repeat, limit.")
+@click.option("--input-format", help="jsonl, json, parquet, arrow, csv, tsv, text; default: by the ending of the name.")
+@click.option(
+    "--text-by", default="line", show_default=True, help="A plain text's document: line, paragraph, document."
+)
+@click.option(
+    "--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Field of ours = column, e.g. text=body."
+)
+@click.option("--chat-template", help="A Jinja file or chatml, llama3, gemma, phi, mistral, qwen, deepseek, plain.")
+@click.option("--template-date", help="YYYY-MM-DD, for templates that write today's date.")
+@click.option("--train-on", default="assistant", show_default=True, type=click.Choice(TRAIN_ON))
+@click.option("--train-role", "roles", multiple=True, help="Roles whose turns are trained; default: assistant.")
+@click.option("--end-of-turn", default="turn", show_default=True, type=click.Choice(END_OF_TURN))
+@click.option("--keep-untrained", is_flag=True, help="Keep documents without a single target token.")
+@click.option("--allow-special", is_flag=True, help="Control tokens inside the texts of records count as such.")
+@click.option("--tokenizer-engine", "engine", default="auto", show_default=True, type=click.Choice(ENGINES))
+@click.option("--on-error", default="stop", show_default=True, type=click.Choice(ON_ERROR), help="At a bad record.")
+@click.option("--max-errors", help="Bad records that may be skipped: a count, or a percentage like 0.5%.")
+@click.option("--dedup", default="none", show_default=True, type=click.Choice(DEDUP))
+@click.option("--unit-bytes", default=UNIT_BYTES, show_default=True, help="Bytes of input a work unit.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the cores of this machine.")
+@click.option("--unit-range", metavar="I/N", help="Do only part I (from 1) of N: one task of a Slurm array.")
+@click.option("--engine", "runner", default="local", show_default=True, type=click.Choice(["local", "ray"]))
+@click.option("--ray-address", help="Address of a Ray cluster; default: start one on this machine.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run with the same options stopped.")
+@click.option("--quiet", is_flag=True, help="No progress; errors only.")
+def encode(inputs, out, mix, columns, roles, workers, unit_range, runner, ray_address, resume, quiet, **given) -> None:
+    """Encode INPUTS into a document store OUT that `prep pack` takes: token ids and loss masks, tokenized once.
+
+    An input is a file, a folder, a glob, an address (s3://…, https://…), a folder that `datasets` saved, or
+    hf:name[:config]#split. A record has messages, conversations, instruction and output, prompt and completion,
+    segments, text, or input_ids.
+
+    \b
+    prep encode chats.jsonl books/ --out store --tokenizer model/
+    prep encode --mix mix.yaml --out store --tokenizer model/ --workers 16
+    """
+    # Help is instant: what encodes is imported when it is needed.
+    from prep.encode.run import encode as run
+    from prep.encode.sources import as_sources, read_mix
+    from prep.progress import Progress
+
+    if bool(inputs) == bool(mix):
+        raise click.UsageError("give either INPUTS or --mix")
+    sources = (
+        read_mix(mix)
+        if mix
+        else as_sources(inputs, format=given["input_format"], text_by=given["text_by"], columns=_columns(columns))
+    )
+    options = EncodeOptions(
+        tokenizer=given["tokenizer"],
+        mask=MaskPolicy(given["train_on"], tuple(roles) or ("assistant",), given["end_of_turn"]),
+        **{
+            name: given[name]
+            for name in (
+                "chat_template",
+                "template_date",
+                "allow_special",
+                "engine",
+                "on_error",
+                "max_errors",
+                "dedup",
+                "keep_untrained",
+                "unit_bytes",
+            )
+        },
+    )
+    with Progress(quiet=quiet).stage("encoding", "units") as update:
+
+        def report(p) -> None:
+            note = (
+                f"{p.bytes_done / 1e6:,.0f} of {p.bytes / 1e6:,.0f} MB, {p.documents:,} documents, {p.tokens:,} tokens"
+            )
+            update(p.units_done, p.units, note + (f", {p.dropped:,} dropped" if p.dropped else ""))
+
+        try:
+            store = run(
+                sources,
+                out,
+                options,
+                workers=workers or len(os.sched_getaffinity(0)),
+                resume=resume,
+                progress=report,
+                runner=runner,
+                ray_address=ray_address,
+                unit_range=_part(unit_range),
+            )
+        except KeyboardInterrupt:
+            raise click.ClickException(f"stopped; what is finished is kept in {out}: go on with --resume") from None
+    if quiet:
+        return
+    if store is None:
+        click.echo(f"{out}: part {unit_range} is done; run once more without --unit-range, with --resume, when all are")
+        return
+    _print_summary(out, store)
+
+
+def _columns(pairs: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise click.UsageError(f"--column {pair}: expected OURS=THEIRS, e.g. text=body")
+    return tuple(sorted(tuple(pair.split("=", 1)) for pair in pairs))
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise click.UsageError(f"--unit-range {text}: expected I/N with I from 1 to N")
+    return int(part), int(parts)
+
+
+def _print_summary(out: Path, store) -> None:
+    total = store.ledger.total()
+    targets = int(store.target_tokens.sum())
+    share = 100 * targets / max(1, total["kept"]["tokens"])
+    click.echo(
+        f"{out}: {len(store):,} documents, {total['kept']['tokens']:,} tokens, {share:.1f} % of them targets; "
+        f"tokenizer engine {store.info.engine}"
+        + (
+            f", {total['notes']['compared_with_hf']:,} pieces compared with hf"
+            if "compared_with_hf" in total["notes"]
+            else ""
+        )
+    )
+    for reason, count in sorted(total["dropped"].items()):
+        click.echo(f"  dropped, {reason}: {count['documents']:,} documents, {count['tokens']:,} tokens")
+    for name, count in sorted(total["notes"].items()):
+        if name != "compared_with_hf":
+            click.echo(f"  {name.replace('_', ' ')}: {count:,}")
