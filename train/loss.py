@@ -57,22 +57,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
         grad_hidden = torch.zeros_like(hidden_TD) if want_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if want_weight else None
+        buffer_CV = hidden_TD.new_empty((min(chunk, hidden_TD.shape[0]), weight_VD.shape[0]))  # every chunk's logits
         for start in range(0, hidden_TD.shape[0], chunk):
             hidden, labels = hidden_TD[start : start + chunk], labels_T[start : start + chunk]
-            logits = (hidden @ weight_VD.t()).to(wide)
+            logits = torch.mm(hidden, weight_VD.t(), out=buffer_CV[: len(labels)]).to(wide)
             if softcap is not None:
                 logits.div_(softcap).tanh_()
                 slope = 1 - logits * logits if want_hidden or want_weight else None
                 logits.mul_(softcap)
-            is_target = labels != IGNORE_INDEX
+            is_target = (labels != IGNORE_INDEX)[:, None]
             index = labels.clamp(min=0)[:, None]
-            lse = logits.logsumexp(-1)
-            loss += torch.where(is_target, lse - logits.gather(1, index).squeeze(1), 0).sum()
+            target = logits.gather(1, index)
+            # In place from here on: each pass over a chunk's logits costs as much as a tenth of a matrix product.
+            highest = logits.amax(1, keepdim=True)
+            exponentials = logits.sub_(highest).exp_()
+            total = exponentials.sum(1, keepdim=True)
+            loss += torch.where(is_target, total.log() + highest - target, 0).sum()
             if not (want_hidden or want_weight):
                 continue
-            grad_logits = logits.sub_(lse[:, None]).exp_()  # in place: the chunk's logits are not needed any more
-            grad_logits.scatter_add_(1, index, torch.full_like(lse, -1.0)[:, None])
-            grad_logits *= is_target[:, None]
+            grad_logits = exponentials.mul_(is_target / total)  # softmax, 0 where there is no target
+            grad_logits.scatter_add_(1, index, -is_target.to(wide))
             if softcap is not None:
                 grad_logits *= slope
             grad_logits = grad_logits.to(hidden.dtype)
