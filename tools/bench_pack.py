@@ -10,6 +10,7 @@ balance, start.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -179,6 +180,7 @@ def _timed(run) -> float:
 
 def peak_extra_mb(run) -> float:
     """Peak resident memory during `run` over that before it, in MB (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed must not hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     keep = run()

@@ -11,6 +11,8 @@ can hold in prices. y is scaled and rounded down to int64 and V computed exactly
 errors of the simplex can weaken the bound but never make it wrong.
 """
 
+from math import fsum
+
 import numpy as np
 from numba import njit
 
@@ -39,8 +41,9 @@ class Relaxation:
         # A tiny surplus, different for each size, keeps the ratio test from ties, and so the simplex from standing
         # still on degenerate bases.
         self.times = (counts + 1e-6 * np.arange(1, counts.size + 1) / counts.size) / most
-        # The best bound in floats, and whether the pool is exhausted.
-        self._state = np.array([counts @ self.prices, 0.0])
+        # The best bound in floats, and whether the pool is exhausted. All float sums are in a fixed order (no BLAS, no
+        # fastmath), so the steps are the same on every machine.
+        self._state = np.array([fsum(counts * self.prices), 0.0])
 
     @property
     def value(self) -> float:
