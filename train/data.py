@@ -17,8 +17,11 @@ from formats.dataset import PackedDataset
 from formats.order import EMPTY, accumulation, epoch_order, rank_positions, step_span, steps_per_epoch
 from train.row import MicroBatch, Row
 
-READY_TOKENS = 1 << 17
-"""Tokens prepared ahead, in at least two rows: short rows are handed over in runs, not one thread switch each."""
+RUN_TOKENS = 1 << 16
+"""Rows change hands between the threads in runs of so many tokens: a switch costs as much as filling 8192 of them."""
+
+RUNS = 4
+"""Runs of buffers: one in use, one being filled, two ready."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,14 @@ class PackedLoader:
         self._order = (-1, np.empty(0, np.int64))
         self.stall_seconds = 0.0
 
-        ahead = max(2, READY_TOKENS // (schedule.micro_packs * dataset.manifest.capacity))
-        # Ahead of the row in use and of the one being filled. Their number bounds both queues.
-        rows = [Row(dataset, schedule.micro_packs, pinned=device.type == "cuda") for _ in range(ahead + 2)]
-        self._free: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        for row in rows:
-            self._free.put(row)
-        self._ready: queue.SimpleQueue[Row | BaseException] = queue.SimpleQueue()
-        self._in_use: Row | None = None
+        run_length = max(1, RUN_TOKENS // (schedule.micro_packs * dataset.manifest.capacity))
+        self._free: queue.SimpleQueue[list[Row] | None] = queue.SimpleQueue()  # the buffers bound both queues
+        for _ in range(RUNS):
+            pinned = device.type == "cuda"
+            self._free.put([Row(dataset, schedule.micro_packs, pinned=pinned) for _ in range(run_length)])
+        self._ready: queue.SimpleQueue[list[Row] | BaseException] = queue.SimpleQueue()
+        self._in_use: list[Row] = []
+        self._next_in_use = 0
         self._closed = False
         self._thread = threading.Thread(target=self._prefetch, args=(consumed,), name="prefetch", daemon=True)
         self._thread.start()
@@ -146,15 +149,22 @@ class PackedLoader:
         Raises: ValueError when a pack is damaged.
         """
         for _ in range(self.row_count):
-            began = time.perf_counter()
-            row = self._ready.get()
-            self.stall_seconds += time.perf_counter() - began
-            if isinstance(row, BaseException):
-                raise row
-            if self._in_use is not None:
-                self._free.put(self._in_use)
-            self._in_use = row
+            if self._next_in_use == len(self._in_use):
+                self._take_run()
+            row = self._in_use[self._next_in_use]
+            self._next_in_use += 1
             yield row.to(self._device)
+
+    def _take_run(self) -> None:
+        """Give the used run back and wait for the next."""
+        began = time.perf_counter()
+        run = self._ready.get()
+        self.stall_seconds += time.perf_counter() - began
+        if isinstance(run, BaseException):
+            raise run
+        if self._in_use:
+            self._free.put(self._in_use)
+        self._in_use, self._next_in_use = run, 0
 
     def close(self) -> None:
         """End the prefetch thread and wait for it."""
@@ -170,18 +180,25 @@ class PackedLoader:
             self._order = (epoch, order)
         return order
 
-    def _prefetch(self, consumed: int) -> None:
+    def _row_packs(self, consumed: int) -> Iterator[np.ndarray]:
+        """Pack ids of this rank's rows from `consumed` packs on, without end."""
         schedule = self._schedule
+        while True:
+            epoch, start, stop = step_span(consumed, schedule.num_packs, schedule.batch_packs)
+            yield from schedule.rank_packs(start, stop, self._epoch_order(epoch), self._dp_rank, self._dp_size)
+            consumed += stop - start
+
+    def _prefetch(self, consumed: int) -> None:
+        filled: list[Row] = []
         try:
-            while True:
-                epoch, start, stop = step_span(consumed, schedule.num_packs, schedule.batch_packs)
-                order = self._epoch_order(epoch)
-                for packs in schedule.rank_packs(start, stop, order, self._dp_rank, self._dp_size):
-                    row = self._free.get()
-                    if row is None or self._closed:
-                        return
-                    row.fill(packs, self._verify)
-                    self._ready.put(row)
-                consumed += stop - start
-        except BaseException as error:  # handed to the thread that trains, which raises it
+            row_packs = self._row_packs(consumed)
+            while (run := self._free.get()) is not None and not self._closed:
+                filled = []
+                for row in run:
+                    row.fill(next(row_packs), self._verify)
+                    filled.append(row)
+                self._ready.put(run)
+        except BaseException as error:  # handed to the thread that trains, after the rows before it
+            if filled:
+                self._ready.put(filled)
             self._ready.put(error)
