@@ -91,5 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        grads = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
+        # In place: the weight's gradient is as large as the weight. A second backward over the same graph finds its
+        # saved tensors modified and raises.
+        grads = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors]
         return *grads, None, None, None

@@ -61,6 +61,14 @@ def test_gradient_scales_with_the_upstream_gradient():
         assert distance(value, reference / 7) <= 1e-14
 
 
+def test_second_backward_is_refused_not_wrong():
+    h, w, labels = inputs()
+    loss = linear_cross_entropy(h, w, labels) / 7
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_only_wanted_gradients_are_computed(frozen):
     tensors = inputs(dtype=torch.float64)
