@@ -1,16 +1,19 @@
 """A packed folder, opened: pack i as zero-copy views over memory-mapped shards."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from formats.manifest import read_manifest
+from formats.manifest import Manifest, read_manifest
 from formats.schema import ALIGNMENTS, PACKS_SCHEMA
 from formats.shard import FileEntry, Shard, atomic_write, pack_digest
 
 INDEX_NAME = "packs.arrow"
+REPORT_NAMES = ("report.json", "report.html")
+"""Files for people: listed in the manifest, not needed to read the packs."""
 
 
 class ThdPack(NamedTuple):
@@ -83,18 +86,21 @@ def read_index(path: Path) -> PackIndex:
 class PackedDataset:
     """A packed folder (THD or sequence-ID): `len(ds)` packs, `ds[i]` pack i in training order.
 
-    Opening reads the manifest and the index and compares the size of every file; shards are mapped when first
-    touched. Views must not outlive the dataset, and are read-only: copy what you hand on. ValueError names what is
-    missing, truncated or of another version.
+    Opening reads the manifest and the index and compares the size of every file but the reports; shards are mapped when
+    first touched. Views must not outlive the dataset, and are read-only: copy what you hand on. ValueError names what
+    is missing, truncated or of another version.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, manifest: Manifest | None = None):
+        """`manifest`: one that is not written yet (the folder is being made); by default that of the folder."""
         self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
+        self.manifest = manifest or read_manifest(folder)
         self._pack_type = ThdPack if self.manifest.kind == "thd" else SeqIdPack
         self._shards: dict[int, Shard] = {}
         self._shard_names = [e.name for e in self.manifest.files if e.name.startswith("shards/")]
         for entry in self.manifest.files:
+            if entry.name in REPORT_NAMES:
+                continue
             path = self.folder / entry.name
             if not path.is_file():
                 raise ValueError(f"{path}: missing, though the manifest lists it; restore it from a copy or pack again")
@@ -112,6 +118,11 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards in the order of their numbers, each opened for its turn only."""
+        for name in self._shard_names:
+            yield Shard(self.folder / name, self.manifest.kind)
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)

@@ -119,11 +119,15 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def json_bytes(value: object) -> bytes:
+    """Deterministic JSON: keys sorted, two spaces, floats by repr, one newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: object) -> FileEntry:
-    """Write deterministic JSON atomically: keys sorted, two spaces, floats by repr, one newline at the end."""
-    data = (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """Write deterministic JSON (see `json_bytes`) atomically."""
     with atomic_write(path) as file:
-        file.write(data)
+        file.write(json_bytes(value))
     return FileEntry(Path(path).name, file.bytes, file.hexdigest())
 
 
@@ -233,6 +237,11 @@ class Shard:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def batches(self) -> Iterator[dict[str, ListColumn]]:
+        """The record batches in order, each as its columns by name, read-only views."""
+        for columns in self._batches:
+            yield dict(zip(self.schema.names, columns, strict=True))
 
     def row(self, index: int) -> tuple[np.ndarray, ...]:
         """The columns of one row in the order of the schema, as read-only views."""
