@@ -51,34 +51,10 @@ def encode(inputs, out, mix, columns, roles, workers, unit_range, runner, ray_ad
     """
     # Help is instant: what encodes is imported when it is needed.
     from prep.encode.run import encode as run
-    from prep.encode.sources import as_sources, read_mix
     from prep.progress import Progress
 
-    if bool(inputs) == bool(mix):
-        raise click.UsageError("give either INPUTS or --mix")
-    sources = (
-        read_mix(mix)
-        if mix
-        else as_sources(inputs, format=given["input_format"], text_by=given["text_by"], columns=_columns(columns))
-    )
-    options = EncodeOptions(
-        tokenizer=given["tokenizer"],
-        mask=MaskPolicy(given["train_on"], tuple(roles) or ("assistant",), given["end_of_turn"]),
-        **{
-            name: given[name]
-            for name in (
-                "chat_template",
-                "template_date",
-                "allow_special",
-                "engine",
-                "on_error",
-                "max_errors",
-                "dedup",
-                "keep_untrained",
-                "unit_bytes",
-            )
-        },
-    )
+    sources = sources_of(inputs, mix, columns, given)
+    options = options_of(roles, given)
     with Progress(quiet=quiet).stage("encoding", "units") as update:
 
         def report(p) -> None:
@@ -107,6 +83,25 @@ def encode(inputs, out, mix, columns, roles, workers, unit_range, runner, ray_ad
         click.echo(f"{out}: part {unit_range} is done; run once more without --unit-range, with --resume, when all are")
         return
     _print_summary(out, store)
+
+
+def sources_of(inputs: tuple, mix: str | None, columns: tuple[str, ...], given: dict) -> list:
+    """The sources that INPUTS or --mix, --column, --input-format and --text-by name."""
+    from prep.encode.sources import as_sources, read_mix
+
+    if bool(inputs) == bool(mix):
+        raise click.UsageError("give either INPUTS or --mix")
+    if mix:
+        return read_mix(mix)
+    return as_sources(inputs, format=given["input_format"], text_by=given["text_by"], columns=_columns(columns))
+
+
+def options_of(roles: tuple[str, ...], given: dict) -> EncodeOptions:
+    """The options that decide the store, from the command line's."""
+    names = ("tokenizer", "chat_template", "template_date", "allow_special", "engine", "on_error", "max_errors")
+    names += ("dedup", "keep_untrained", "unit_bytes")
+    mask = MaskPolicy(given["train_on"], tuple(roles) or ("assistant",), given["end_of_turn"])
+    return EncodeOptions(mask=mask, **{name: given[name] for name in names})
 
 
 def _columns(pairs: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
