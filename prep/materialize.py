@@ -117,13 +117,13 @@ def write_shard(job: ShardJob) -> ShardResult:
     """Write one shard, or read back what an interrupted run already wrote."""
     if job.path.exists():
         return _read_back(job)
-    _, store = _open_store(job.store)
+    store, places = _open_store(job.store)
     layout, packs = job.layout, len(job.offsets) - 1
     room = _Room(layout, min(packs, BATCH_PACKS))
     digests, targets = [], []
     with ShardWriter(job.path, layout.kind, job.essentials, layout.compression) as writer:
         for first in range(0, packs, BATCH_PACKS):
-            columns, counts = room.lay_out(job, first, min(first + BATCH_PACKS, packs), store)
+            columns, counts = room.lay_out(job, first, min(first + BATCH_PACKS, packs), store, places)
             digests.append(writer.write(columns))
             targets.append(counts)
     return ShardResult(writer.entry, index_columns(job, np.concatenate(targets), np.concatenate(digests)))
@@ -146,7 +146,7 @@ class _Room:
         if layout.kind == "seqid":
             self._rows = [np.empty(packs * layout.capacity, np.int32) for _ in range(4)]
 
-    def lay_out(self, job: ShardJob, first: int, stop: int, store: Buffers):
+    def lay_out(self, job: ShardJob, first: int, stop: int, store: DocumentStore, places: Buffers):
         """Columns (views of the buffers, valid until the next call) and target tokens int32 of packs [first, stop)."""
         layout = self._layout
         offsets = job.offsets[first : stop + 1]
@@ -162,7 +162,8 @@ class _Room:
         ids, mask = self._ids[: bounds[-1]], self._mask[: bounds[-1]]
         targets = np.empty(len(offsets) - 1, np.int32)
         low, high, bits, beyond = gather(
-            *store, doc, start, length, slot_starts, offsets, layout.pad_id, ids, mask, targets
+            *(*places, doc if store.rows is None else store.rows[doc], start, length),
+            *(slot_starts, offsets, layout.pad_id, ids, mask, targets),
         )
         if low < 0 or high > max(layout.largest_id, layout.pad_id) or bits > 1 or beyond:
             raise ValueError(

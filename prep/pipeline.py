@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,14 +17,37 @@ from formats.shard import TEMPORARY_SUFFIX, FileEntry, file_digest, write_json
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
 from prep.encode.store import DocumentStore, read_store
-from prep.inspect.facts import REPORT_NAME
-from prep.ledger import LEDGER_NAME, Ledger
+from prep.inspect.report import PAGE_NAME, REPORT_NAME, write_reports
+from prep.ledger import LEDGER_NAME
 from prep.materialize import Layout, materialize
-from prep.plan import PackOptions, Plan, make_plan
+from prep.plan import PackOptions, make_plan
 from prep.progress import Progress
+from prep.splits import choose_parts, part_ledger
 
 SHARD_BYTES = 256 << 20
 """Size that a shard aims at: large enough to stream, small enough that two fit beside a model on any machine."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How raw input becomes a store; see `prep.encode.run.encode`."""
+
+    sources: list
+    options: EncodeOptions
+    runner: str = "local"
+    ray_address: str | None = None
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What becomes of the packs. `eval_fraction`, `eval_sources`: see `prep.splits.choose_parts`. `compress`: None or
+    `zstd`, for shipping: such shards are decompressed when read instead of mapped. `page`: write report.html."""
+
+    eval_fraction: float = 0.0
+    eval_sources: tuple[str, ...] = ()
+    shard_size: int = SHARD_BYTES
+    compress: str | None = None
+    page: bool = True
 
 
 def pack_inputs(
@@ -32,9 +55,8 @@ def pack_inputs(
     out: Path,
     options: PackOptions,
     *,
-    tokenizer: Path | None,
-    eval_fraction: float = 0.0,
-    shard_size: int = SHARD_BYTES,
+    encoding: Encoding | None,
+    output: OutputOptions = OutputOptions(),
     workers: int = 1,
     resume: bool = False,
     progress: Progress | None = None,
@@ -48,13 +70,13 @@ def pack_inputs(
     progress = progress or Progress(quiet=True)
     options.check()
     check_output(out, resume)
-    store = open_store(inputs, out, tokenizer, workers=workers, resume=resume, progress=progress)
-    parts = choose_parts(store, eval_fraction)
+    store = open_store(inputs, out, encoding, workers=workers, resume=resume, progress=progress)
+    parts = choose_parts(store, output.eval_fraction, output.eval_sources)
     # All plans are made before the first byte is written: what cannot be packed leaves nothing behind.
     plans = []
     for name, rows in parts.items():
-        # Held-out packs are read from first to last, never permuted.
-        chosen = replace(options, order="input") if name == "eval" else options
+        # Held-out packs are read from first to last, never permuted, and none is left out.
+        chosen = replace(options, order="input", drop_last=False) if name == "eval" else options
         plans.append((name, rows, chosen, make_plan(store.lengths[rows], rows, chosen)))
         if plans[-1][3].num_packs == 0:
             raise ValueError(
@@ -62,7 +84,7 @@ def pack_inputs(
                 "take a larger --seq-len, or --overlong truncate or split"
             )
     return [
-        _write_part(name, rows, chosen, plan, store, out, eval_fraction, shard_size, workers, progress)
+        _write_part(name, rows, chosen, plan, store, out, output, workers, progress)
         for name, rows, chosen, plan in plans
     ]
 
@@ -74,7 +96,7 @@ def check_output(out: Path, resume: bool) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
     parts = [p for p in (out, out / "train", out / "eval") if p.is_dir()]
-    expected = {"shards", INDEX_NAME, LEDGER_NAME, REPORT_NAME, MANIFEST_NAME, "train", "eval"}
+    expected = {"shards", INDEX_NAME, LEDGER_NAME, REPORT_NAME, PAGE_NAME, MANIFEST_NAME, "train", "eval"}
     strangers = sorted(
         p.name for part in parts for p in part.iterdir() if p.name.removesuffix(TEMPORARY_SUFFIX) not in expected
     )
@@ -88,16 +110,15 @@ def check_output(out: Path, resume: bool) -> None:
         raise ValueError(f"--out {out} holds an unfinished run; go on with --resume, or remove it first")
 
 
-def open_store(inputs, out, tokenizer, *, workers, resume, progress) -> DocumentStore:
+def open_store(inputs, out, encoding, *, workers, resume, progress) -> DocumentStore:
     """The store to pack: the one named, or one made from raw input."""
     stores = [p for p in inputs if p.is_dir() and read_store(p) is not None]
     if stores:
         if len(inputs) > 1:
             raise ValueError(f"{stores[0]} is a document store: pack it alone, or name the raw files of all")
         return DocumentStore.open(stores[0])
-    if tokenizer is None:
+    if encoding is None:
         raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
-    options = EncodeOptions(tokenizer=str(tokenizer))
     fresh = not store_path(out).exists()
     with progress.stage("encoding", "MB") as update:
 
@@ -105,9 +126,17 @@ def open_store(inputs, out, tokenizer, *, workers, resume, progress) -> Document
             note = f"{p.documents:,} documents, {p.tokens:,} tokens" + (f", {p.dropped:,} dropped" if p.dropped else "")
             update(p.bytes_done // 10**6, p.bytes // 10**6, note)
 
-        names = [str(p) for p in inputs]
         try:
-            return encode(names, store_path(out), options, workers=workers, resume=resume, progress=report)
+            return encode(
+                encoding.sources,
+                store_path(out),
+                encoding.options,
+                workers=workers,
+                resume=resume,
+                progress=report,
+                runner=encoding.runner,
+                ray_address=encoding.ray_address,
+            )
         except ValueError:
             # Bad input: what was encoded of it belongs to no store that could be finished. (What a full disk or a kill
             # leaves can be finished, and stays.)
@@ -121,33 +150,14 @@ def store_path(out: Path) -> Path:
     return out.with_name(out.name + ".store")
 
 
-def choose_parts(store: DocumentStore, eval_fraction: float) -> dict[str, np.ndarray]:
-    """Rows of the store for each packed folder: `all`, or `train` and `eval`, int64, ascending.
-
-    A document is held out by its own hash: it stays on its side when other documents come or go, and equal
-    documents are on the same side.
-    """
-    rows = np.arange(len(store), dtype=np.int64)
-    if eval_fraction == 0:
-        return {"all": rows}
-    held_out = store.doc_hashes < np.uint64(int(eval_fraction * 2**64))
-    for name, chosen in (("eval", held_out), ("train", ~held_out)):
-        if not chosen.any():
-            raise ValueError(
-                f"--eval-fraction {eval_fraction} leaves no document for {name} among {len(rows)}; change it"
-            )
-    return {"train": rows[~held_out], "eval": rows[held_out]}
-
-
-def _write_part(name, rows, options, plan, store, out, eval_fraction, shard_size, workers, progress) -> Path:
+def _write_part(name, rows, options, plan, store, out, output, workers, progress) -> Path:
     folder = out if name == "all" else out / name
     info = store.info
     pad_id = next((i for i in (info.pad_id, info.eos_id) if i is not None), 0)
     packages = {**info.packages, **{p: version(p) for p in ("meshpack", "numpy", "pyarrow")}}
     stated = {
         **asdict(options),
-        "eval_fraction": eval_fraction,
-        "shard_size": shard_size,
+        **{k: v for k, v in asdict(output).items() if k != "page"},
         "store": file_digest(store.path / "store.json"),
         "packages": packages,
     }
@@ -156,8 +166,17 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, shard_size
         "align": options.align,
         "cp": options.cp,
         "split": name,
+        "order": options.order,
+        "block": plan.block,
+        "seed": options.seed,
+        "algorithm": options.algo,
+        "shards": -(-plan.num_packs // shard_packs(options, output.shard_size)),
+        "sources": [list(source) for source in info.sources],
         "pad_id": pad_id,
+        "bos_id": info.bos_id,
+        "eos_id": info.eos_id,
         "vocab_size": info.vocab_size,
+        "largest_id": info.largest_id,
         "tokenizer_hash": info.tokenizer_hash,
         "template_hash": info.template_hash,
         "plan": xxhash.xxh3_128(json.dumps(stated, sort_keys=True).encode()).hexdigest(),
@@ -178,9 +197,9 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, shard_size
             plan,
             store.path,
             folder,
-            Layout(options.format, options.seq_len, options.align, pad_id, info.largest_id),
+            Layout(options.format, options.seq_len, options.align, pad_id, info.largest_id, output.compress),
             essentials=essentials,
-            shard_packs=shard_packs(options, shard_size),
+            shard_packs=shard_packs(options, output.shard_size),
             workers=workers,
             on_done=report,
         )
@@ -220,6 +239,8 @@ def _write_part(name, rows, options, plan, store, out, eval_fraction, shard_size
         files=tuple(files),
         fingerprint=fingerprint(columns["xxh3"], kind=options.format, capacity=options.seq_len, align=options.align),
     )
+    with progress.stage(f"looking at {folder}", "reports"):
+        manifest = replace(manifest, files=(*files, *write_reports(folder, manifest, ledger, page=output.page)))
     write_manifest(folder, manifest)
     return folder
 
@@ -229,32 +250,3 @@ def shard_packs(options: PackOptions, shard_size: int) -> int:
     bytes_per_token = 5 if options.format == "thd" else 16
     packs = max(1, shard_size // (bytes_per_token * options.seq_len))
     return packs if packs < BATCH_PACKS else packs // BATCH_PACKS * BATCH_PACKS
-
-
-def part_ledger(name: str, rows: np.ndarray, plan: Plan, store: DocumentStore) -> Ledger:
-    """The store's ledger carried on to one packed folder: what went to the other split, was dropped or cut."""
-    ledger = Ledger.from_json(store.ledger.to_json())
-    lengths = store.lengths.astype(np.int64)
-    other = np.ones(len(store), bool)
-    other[rows] = False
-    kept = np.bincount(plan.doc, weights=plan.length, minlength=len(store)).astype(np.int64)
-    for source, first, last in store.info.sources:
-        inside = slice(first, last)
-        if other[inside].any():
-            elsewhere = other[inside]
-            reason = "to_eval" if name == "train" else "to_train"
-            ledger.drop_kept(source, reason, int(elsewhere.sum()), int(lengths[inside][elsewhere].sum()))
-        gone = plan.dropped[(plan.dropped >= first) & (plan.dropped < last)]
-        if gone.size:
-            ledger.drop_kept(source, "overlong", gone.size, int(lengths[gone].sum()))
-        cut = plan.truncated[(plan.truncated >= first) & (plan.truncated < last)]
-        if cut.size:
-            ledger.truncate_kept(source, "overlong", int((lengths[cut] - kept[cut]).sum()))
-        split = plan.split[(plan.split >= first) & (plan.split < last)]
-        if split.size:
-            ledger.note(source, "split_documents", int(split.size))
-    ledger.check()
-    total = ledger.total()["kept"]
-    packed = int(plan.length.sum(dtype=np.int64))
-    assert total["tokens"] == packed, f"ledger keeps {total['tokens']} tokens, the plan {packed}"
-    return ledger

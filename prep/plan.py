@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from formats.layout import slot_alignment
+from formats.layout import align_up, slot_alignment
 from formats.order import permutation
-from formats.schema import ALIGNMENTS, MAX_CAPACITY
+from formats.schema import ALIGNMENTS, MAX_CAPACITY, ORDERS
 from prep.packing import ALGORITHMS, cut, cut_stream, pack
+from prep.packing.balance import cost_order
 
 STREAM = "split"
 """The algorithm that is none: all documents in one stream, cut at every capacity (classic pretraining)."""
@@ -15,16 +16,21 @@ STREAM = "split"
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What decides the packs of a given store. `seq_len` is the capacity in tokens."""
+    """What decides the packs of a given store. `seq_len` is the capacity in tokens.
+
+    drop_last: leave out the remainder that every packing ends with: the one pack with the fewest tokens, unless it is
+    full or the only one.
+    """
 
     seq_len: int
     algo: str = "bfd"
     cp: int = 1
     format: str = "thd"
-    order: str = "shuffle"
+    order: str = "cost"
     seed: int = 0
     overlong: str = "error"
     max_docs: int | None = None
+    drop_last: bool = False
 
     @property
     def align(self) -> int:
@@ -36,11 +42,10 @@ class PackOptions:
             raise ValueError(f"--seq-len {self.seq_len} is not between 1 and {MAX_CAPACITY}")
         if self.algo not in (*ALGORITHMS, STREAM):
             raise ValueError(f"--algo {self.algo} is none of {', '.join((*ALGORITHMS, STREAM))}")
-        if self.algo == STREAM and (self.cp > 1 or self.max_docs or self.overlong != "error"):
-            raise ValueError(
-                f"--algo {STREAM} cuts wherever a pack is full, so it knows no --cp (any --cp can train on such packs "
-                "by methods that cut the pack), no --max-docs and no --overlong; leave them out"
-            )
+        if self.algo == STREAM and (self.max_docs or self.overlong != "error"):
+            raise ValueError(f"--algo {STREAM} cuts wherever a pack is full: leave out --max-docs and --overlong")
+        if self.order not in ORDERS:
+            raise ValueError(f"--order {self.order} is none of {', '.join(ORDERS)}")
         if self.align not in (1, *ALIGNMENTS):
             raise ValueError(f"--cp {self.cp} is none of 1, 2, 4, … {ALIGNMENTS[-1] // 2} (a power of two)")
         if self.seq_len % self.align:
@@ -60,6 +65,7 @@ class Plan:
     lower_bound: proven, no packing of these pieces has fewer packs.
     dropped, truncated: rows of documents over the capacity that were dropped or cut short, int64.
     split: rows of documents that were cut into several pieces, int64.
+    last_pack: rows of documents with a piece in the pack that `drop_last` left out, int64.
     block: packs that a trainer must keep together when it permutes a cost-balanced order; 0 for other orders.
     """
 
@@ -71,6 +77,7 @@ class Plan:
     dropped: np.ndarray
     truncated: np.ndarray
     split: np.ndarray
+    last_pack: np.ndarray
     block: int = 0
 
     @property
@@ -81,54 +88,77 @@ class Plan:
 def make_plan(lengths: np.ndarray, rows: np.ndarray, options: PackOptions) -> Plan:
     """Plan the packs of documents of `lengths` (int32[N]) that are rows `rows` (int64[N]) of the store.
 
-    Packs come in the order of their first document (`input`), or permuted by the seed; documents inside a pack are
-    in store order. `lengths` over the capacity are a ValueError unless `options.overlong` says what to do with them.
+    Packs come in the order of their first document (`input`), permuted by the seed (`shuffle`), or in blocks of like
+    attention cost (`cost`, see `prep.packing.balance`); documents inside a pack are in store order. `lengths` over the
+    capacity are a ValueError unless `options.overlong` says what to do with them.
     """
-    capacity = options.seq_len
     none = np.empty(0, np.int64)
-    if options.algo == STREAM:
-        piece_of, start, length = cut_stream(lengths, capacity)
-        before = np.cumsum(length, dtype=np.int64) - length
-        offsets = np.append(np.flatnonzero(before % capacity == 0), len(length))
-        split = rows[np.unique(piece_of[start > 0])]
-        slots, offsets = _sequence(np.arange(len(length)), offsets, options)
-        bound = len(offsets) - 1  # every pack but one is full
-        return Plan(rows[piece_of][slots], start[slots], length[slots], offsets, bound, none, none, split)
-
     dropped = truncated = split = none
-    doc, start, length = rows, np.zeros(len(rows), np.int64), lengths
-    long = lengths > capacity
-    if long.any():
-        if options.overlong == "error":
-            raise ValueError(
-                f"{long.sum()} of {len(lengths)} documents are longer than --seq-len {capacity} (the longest has "
-                f"{lengths.max()} tokens); say what to do with them, --overlong drop|truncate|split, or take a larger "
-                "--seq-len"
-            )
-        if options.overlong == "drop":
-            dropped = rows[long]
-            doc, start, length = rows[~long], start[~long], lengths[~long]
-        elif options.overlong == "truncate":
-            truncated = rows[long]
-            length = np.minimum(lengths, capacity)
-        else:
-            split = rows[long]
-            piece_of, start, length = cut(lengths, capacity)
-            doc = rows[piece_of]
-    packing = pack(
-        length, capacity, algo=options.algo, align=options.align, max_docs=options.max_docs, seed=options.seed
-    )
-    offsets, members = packing.members()
-    slots, offsets = _sequence(members, offsets, options)
-    return Plan(doc[slots], start[slots], length[slots], offsets, packing.lower_bound, dropped, truncated, split)
+    if options.algo == STREAM:
+        piece_of, start, length = cut_stream(lengths, options.seq_len, align=options.align)
+        doc, split = rows[piece_of], rows[np.unique(piece_of[start > 0])]
+        aligned = align_up(length, options.align)
+        before = np.cumsum(aligned, dtype=np.int64) - aligned
+        offsets = np.append(np.flatnonzero(before % options.seq_len == 0), len(length))
+        members, bound = np.arange(len(length)), len(offsets) - 1  # every pack but one is full
+    else:
+        doc, start, length = rows, np.zeros(len(rows), np.int64), lengths
+        long = lengths > options.seq_len
+        if long.any():
+            if options.overlong == "error":
+                raise ValueError(
+                    f"{long.sum()} of {len(lengths)} documents are longer than --seq-len {options.seq_len} (the longest"
+                    f" has {lengths.max()} tokens); say what to do with them, --overlong drop|truncate|split, or "
+                    "take a larger --seq-len"
+                )
+            if options.overlong == "drop":
+                dropped = rows[long]
+                doc, start, length = rows[~long], start[~long], lengths[~long]
+            elif options.overlong == "truncate":
+                truncated = rows[long]
+                length = np.minimum(lengths, options.seq_len)
+            else:
+                split = rows[long]
+                piece_of, start, length = cut(lengths, options.seq_len)
+                doc = rows[piece_of]
+        limits = {"align": options.align, "max_docs": options.max_docs, "seed": options.seed}
+        packing = pack(length, options.seq_len, algo=options.algo, **limits)
+        (offsets, members), bound = packing.members(), packing.lower_bound
+    last_pack = none
+    if options.drop_last and len(offsets) > 2:
+        members, offsets, left_out = _drop_last(members, offsets, length, options)
+        last_pack = np.unique(doc[left_out])
+        # Were the rest packable in fewer than bound − 1 packs, everything would be in fewer than bound.
+        bound -= len(left_out) > 0
+    slots, offsets, block = _sequence(members, offsets, length, options)
+    return Plan(doc[slots], start[slots], length[slots], offsets, bound, dropped, truncated, split, last_pack, block)
 
 
-def _sequence(members: np.ndarray, offsets: np.ndarray, options: PackOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Put bins in training order: (members, offsets) as `Packing.members` gives them → the same, reordered."""
-    sizes = np.diff(offsets)
+def _drop_last(members, offsets, length, options: PackOptions):
+    """(members, offsets) without the pack that holds the fewest tokens (the last of equals), unless it is full; and the
+    members that it held."""
+    room = np.add.reduceat(align_up(length[members], options.align), offsets[:-1], dtype=np.int64)
+    least = len(room) - 1 - int(np.argmin(room[::-1]))
+    if room[least] == options.seq_len:
+        return members, offsets, members[:0]
+    low, high = offsets[least], offsets[least + 1]
+    rest = np.concatenate([members[:low], members[high:]])
+    return rest, np.concatenate([offsets[:least], offsets[least + 1 :] - (high - low)]), members[low:high]
+
+
+def _sequence(
+    members: np.ndarray, offsets: np.ndarray, length: np.ndarray, options: PackOptions
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Put bins in training order: (members, offsets) as `Packing.members` gives them → the same, reordered, and the
+    block that a cost-balanced order keeps together (0 for others)."""
+    sizes, block = np.diff(offsets), 0
     sequence = np.argsort(members[offsets[:-1]], kind="stable")
     if options.order == "shuffle":
         sequence = sequence[permutation(len(sequence), options.seed, 0)]
+    elif options.order == "cost" and len(sequence):
+        sum_sq = np.add.reduceat(length[members].astype(np.int64) ** 2, offsets[:-1])[sequence]
+        order, block = cost_order(sum_sq, options.seed)
+        sequence = sequence[order]
     moved = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[sequence])])
     where = np.repeat(offsets[:-1][sequence] - moved[:-1], sizes[sequence]) + np.arange(len(members))
-    return members[where], moved
+    return members[where], moved, block

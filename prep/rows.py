@@ -18,7 +18,7 @@ from prep.encode.store import DocumentStore
 
 class Buffers(NamedTuple):
     """Where the record batches of a store lie in memory: addresses uint64[B] of ids (int32), masks (uint8) and offsets
-    (int32), and `starts` int64[B + 1], the first document of each. Valid while the store is open."""
+    (int32), and `starts` int64[B + 1], the first stored row of each. Valid while the store is open."""
 
     ids: np.ndarray
     masks: np.ndarray
@@ -44,8 +44,8 @@ def _pointer(typing, address):  # numba passes its typing context
 def gather(id_at, mask_at, offsets_at, starts, doc, start, length, slot_starts, offsets, pad_id, ids, mask, targets):
     """Copy packs from the store into `ids` int32[T], `mask` uint8[T], T = slot_starts[-1].
 
-    Slot i holds tokens [start[i], start[i] + length[i]) of document doc[i] from slot_starts[i] on, padded with `pad_id`
-    up to slot_starts[i + 1] (int64[S + 1]); its first token is never a target. Pack n is slots offsets[n] …
+    Slot i holds tokens [start[i], start[i] + length[i]) of stored row doc[i] from slot_starts[i] on, padded with
+    `pad_id` up to slot_starts[i + 1] (int64[S + 1]); its first token is never a target. Pack n is slots offsets[n] …
     offsets[n + 1]; its targets are counted into `targets` int32[N]. Returns (lowest id, highest id, all mask values
     or-ed, slots that reach beyond their document), which tell a damaged store.
     """

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from formats.shard import write_json
-from prep.encode.store import DocumentStore, UnitWriter, write_store
+from prep.encode.store import STORE_VERSION, DocumentStore, UnitWriter, source_ranges, store_content
 from prep.engine.local import run_units
 from prep.ledger import Ledger
 from prep.materialize import Layout, materialize, write_shard
@@ -55,8 +55,10 @@ def make_store(path: Path, tokens: int, seq_len: int) -> DocumentStore:
             writer.write(ids, mask, offsets)
         results.append(writer.finish(part))
         ledger.merge(part)
-    plan = dict(tokenizer_hash="", template_hash="", vocab_size=VOCABULARY, pad_id=0, bos_id=None, eos_id=None)
-    write_store(path, {"store_version": 1, "inputs": [], "options": {}, "packages": {}, **plan}, results, ledger)
+    plan = dict(store_version=STORE_VERSION, inputs=[], options={}, packages={}, engine="hf", pad_id=0, bos_id=None)
+    plan |= dict(tokenizer_hash="", template_hash="", vocab_size=VOCABULARY, eos_id=None)
+    sources = source_ranges(["random"], [sum(r.rows for r in results)])
+    write_json(path / "store.json", store_content(plan, results, ledger, sources))
     return DocumentStore.open(path)
 
 

@@ -10,6 +10,10 @@ def print_report(console: Console, name: str, report: dict) -> None:
     and token that was read went."""
     _print_facts(console, name, report)
     _print_ledger(console, name, report["ledger"]["total"])
+    if len(report["sources"]) > 1:
+        _print_sources(console, name, report["sources"])
+    _print_balance(console, name, report["balance"])
+    print_lint(console, f"{name}: lint", report["lint"])
 
 
 def _print_facts(console: Console, name: str, facts: dict) -> None:
@@ -51,3 +55,44 @@ def _print_ledger(console: Console, name: str, account: dict) -> None:
     for label, count in rows:
         table.add_row(label, f"{count['documents']:,}", f"{count['tokens']:,}")
     console.print(table)
+
+
+def _print_sources(console: Console, name: str, sources: list[dict]) -> None:
+    console.print(f"[bold]{escape(name)}[/bold]: sources", highlight=False)
+    table = Table(box=None)
+    for column in ("", "documents", "tokens", "share"):
+        table.add_column(column, justify="left" if not column else "right")
+    for s in sources:
+        table.add_row(escape(s["name"]), f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['share']:.2%}")
+    console.print(table)
+
+
+def _print_balance(console: Console, name: str, balance: dict) -> None:
+    if not balance["widths"]:
+        return
+    what = f"slowest rank over mean, attention of a model of {balance['model']}"
+    console.print(f"[bold]{escape(name)}[/bold]: {what}", highlight=False)
+    table = Table(box=None)
+    table.add_column("data-parallel ranks")
+    for width in balance["widths"]:
+        table.add_column(str(width), justify="right")
+    for label, key in (("random order", "straggler_random"), ("this order", "straggler")):
+        table.add_row(label, *(f"{value:.3f}" for value in balance[key]))
+    console.print(table)
+
+
+LEVEL_STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+
+
+def print_lint(console: Console, name: str, result: dict, *, errors_only: bool = False) -> None:
+    """Print the findings of `prep.inspect.lint.lint`."""
+    shown = [f for f in result["findings"] if f["level"] == "error" or not errors_only]
+    if not errors_only:
+        summary = f"{result['errors']} errors, {result['warnings']} warnings in {result['documents']:,} documents"
+        console.print(f"\n[bold]{escape(name)}[/bold]: {summary}", highlight=False)
+    for found in shown:
+        style = LEVEL_STYLES[found["level"]]
+        head = f"[{style}]{found['level']}[/{style}] {found['check']}: {found['count']:,} ({found['share']:.2%})"
+        console.print(f"{head} {escape(found['text'])}", highlight=False)
+        if found["examples"]:
+            console.print(f"  [dim]e.g. {escape('; '.join(found['examples']))}[/dim]", highlight=False)

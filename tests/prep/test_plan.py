@@ -1,5 +1,8 @@
 """The pack plan: every token in exactly one slot, whatever the options."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,7 +99,8 @@ def test_overlong_is_an_error_that_names_the_ways_out():
         (PackOptions(1 << 25), "is not between"),
         (PackOptions(1024, cp=0), "--cp 0 is none of 1, 2, 4, … 64"),
         (PackOptions(1024, "nonsense"), "--algo nonsense is none of .*greedy.*split"),
-        (PackOptions(1024, "split", cp=2), "--algo split .* knows no --cp"),
+        (PackOptions(1024, "split", max_docs=2), "--algo split .* leave out --max-docs"),
+        (PackOptions(1024, order="up"), "--order up is none of"),
         (PackOptions(1024, cp=3), "--cp 3 is none of"),
         (PackOptions(1024, cp=128), "--cp 128 is none of"),
     ],
@@ -104,3 +108,52 @@ def test_overlong_is_an_error_that_names_the_ways_out():
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         options.check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, cp=st.sampled_from([2, 4]))
+def test_an_aligned_stream_fills_every_pack_with_whole_slots(lengths, cp):
+    options = PackOptions(32, "split", cp=cp)
+    plan = make_plan(lengths, np.arange(len(lengths)), options)
+    slots = -(-plan.length // options.align) * options.align
+    sizes = np.add.reduceat(slots, plan.offsets[:-1])
+    assert plan.num_packs == plan.lower_bound == -(-int(slots.sum()) // 32)
+    assert (np.sort(sizes)[1:] == 32).all()
+    assert plan.length.sum() == lengths.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, algo=st.sampled_from(["greedy", "bfd", "split"]), cp=st.sampled_from([1, 4]))
+def test_drop_last_leaves_out_the_emptiest_pack_and_nothing_else(lengths, algo, cp):
+    overlong = "error" if algo == "split" else "split"
+    options = PackOptions(32, algo, cp=cp, order="input", overlong=overlong)
+    whole = make_plan(lengths, np.arange(len(lengths)), options)
+    plan = make_plan(lengths, np.arange(len(lengths)), replace(options, drop_last=True))
+    packs, kept = (
+        [tuple(zip(p.doc[a:b], p.start[a:b], p.length[a:b], strict=True)) for a, b in pairwise(p.offsets)]
+        for p in (whole, plan)
+    )
+    room = [sum(-(-n // options.align) * options.align for _, _, n in pack) for pack in packs]
+    if len(packs) == 1 or min(room) == 32:
+        assert kept == packs
+        assert len(plan.last_pack) == 0
+        return
+    left_out = set(packs) - set(kept)
+    assert len(kept) == len(packs) - 1
+    assert len(left_out) == 1
+    (pack,) = left_out
+    assert room[packs.index(pack)] == min(room)
+    assert plan.last_pack.tolist() == sorted({doc for doc, _, _ in pack})
+    assert plan.lower_bound <= plan.num_packs
+
+
+def test_cost_order_puts_packs_of_like_cost_in_blocks():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4, 1.5, 20000), 1, 4096).astype(np.int32)
+    plan = make_plan(lengths, np.arange(len(lengths)), PackOptions(4096))
+    shuffled = make_plan(lengths, np.arange(len(lengths)), PackOptions(4096, order="shuffle"))
+    cost = [np.add.reduceat(p.length.astype(np.int64) ** 2, p.offsets[:-1]) for p in (plan, shuffled)]
+    assert sorted(cost[0].tolist()) == sorted(cost[1].tolist())
+    assert plan.block == min(64, plan.num_packs // 16)
+    spread = [np.ptp(c[: len(c) // plan.block * plan.block].reshape(-1, plan.block), axis=1).mean() for c in cost]
+    assert spread[0] < spread[1] / 3

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.layout import align_up, check_thd, thd_to_seqid
-from prep.encode.store import DocumentStore, UnitWriter, write_store
+from formats.shard import write_json
+from prep.encode.store import STORE_VERSION, DocumentStore, UnitWriter, source_ranges, store_content
 from prep.ledger import Ledger
 from prep.rows import buffers, gather, sequence_rows
 
@@ -29,8 +30,9 @@ def make_store(folder, lengths, units=3, seed=0):
         unit_ledger.keep("source", len(part), int(part.sum()))
         results.append(writer.finish(unit_ledger))
         ledger.merge(unit_ledger)
-    facts = dict(tokenizer_hash="t", template_hash="t", vocab_size=100, pad_id=PAD, bos_id=None, eos_id=None)
-    write_store(folder, {"store_version": 1, "inputs": [], "options": {}, "packages": {}, **facts}, results, ledger)
+    facts = dict(store_version=STORE_VERSION, inputs=[], options={}, packages={}, engine="hf", pad_id=PAD, bos_id=None)
+    facts |= dict(tokenizer_hash="t", template_hash="t", vocab_size=100, eos_id=None)
+    write_json(folder / "store.json", store_content(facts, results, ledger, source_ranges(["source"], [len(lengths)])))
     return DocumentStore.open(folder)
 
 

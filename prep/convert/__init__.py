@@ -1,0 +1,1 @@
+"""Packed shards into the formats of other trainers, and back."""

@@ -1,0 +1,189 @@
+"""Is a packed folder what was written? Everything that is wrong is found and named; nothing is changed."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from formats.dataset import INDEX_NAME, PackedDataset, ThdPack, read_index
+from formats.layout import check_thd, seqid_to_thd, thd_to_seqid
+from formats.manifest import MANIFEST_NAME, Manifest, fingerprint, read_manifest
+from formats.schema import FORMAT_VERSION
+from formats.shard import TEMPORARY_SUFFIX, Shard, file_digest, pack_digest
+from prep.ledger import LEDGER_NAME, Ledger
+from prep.materialize import pack_columns
+
+MOST_PROBLEMS = 20
+"""Problems of one file that are named; a file with more is wrong as a whole."""
+
+
+class Verdict(NamedTuple):
+    """`problems`: one sentence each, naming the file; empty when the folder is sound. `checked`: what was looked at."""
+
+    problems: list[str]
+    checked: list[str]
+
+
+def verify(folder: Path, *, deep: bool = False) -> Verdict:
+    """Check a packed folder: manifest (format version, its own hash, names inside the folder), every file (present,
+    size, xxh3-128), no file too many, `packs.arrow` against the shards, fingerprint, totals and ledger sums. `deep`
+    reads every pack: hashes, the invariants of a row, ids, and every column of the index."""
+    folder = Path(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return Verdict([str(error)], [])
+    problems = _files(folder, manifest) + _strangers(folder, manifest)
+    checked = [f"format version {FORMAT_VERSION}", f"checksums of {len(manifest.files)} files"]
+    if problems:  # what is damaged cannot be read further
+        return Verdict(problems, checked)
+    for check in (_index, _ledger, *([_packs] if deep else [])):
+        try:
+            problems += check(folder, manifest)
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"{folder}: {error}")
+    checked += ["index, shards and totals agree", "fingerprint", "ledger sums"]
+    if deep:
+        checked.append(f"every row of {manifest.totals['packs']} packs")
+    return Verdict(problems, checked)
+
+
+def _files(folder: Path, manifest: Manifest) -> list[str]:
+    """Missing, truncated and altered files."""
+
+    def check(entry) -> str | None:
+        path = folder / entry.name
+        if not path.is_file():
+            return f"{path}: missing, though the manifest lists it; restore it from a copy or pack again"
+        if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+            return f"{path}: leads out of the folder; put the file itself there"
+        if (size := path.stat().st_size) != entry.bytes:
+            return f"{path}: has {size} bytes instead of {entry.bytes}; restore it from a copy or pack again"
+        digest = file_digest(path)
+        if digest != entry.xxh3_128:
+            twin = next((e.name for e in manifest.files if e.xxh3_128 == digest), None)
+            what = f"holds what belongs to {twin}" if twin else "its bytes changed"
+            return f"{path}: damaged ({what}); restore it from a copy or pack again"
+        return None
+
+    with ThreadPoolExecutor(4) as pool:  # hashing and reading leave Python's lock alone
+        found = [problem for problem in pool.map(check, manifest.files) if problem]
+    listed = {entry.name for entry in manifest.files}
+    needed = {INDEX_NAME, LEDGER_NAME}
+    return found + [f"{folder / MANIFEST_NAME}: lists no {name}; pack again" for name in sorted(needed - listed)]
+
+
+def _strangers(folder: Path, manifest: Manifest) -> list[str]:
+    """Files that the manifest does not know."""
+    listed = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
+    problems = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name in listed:
+            continue
+        what = "left by an interrupted run" if name.endswith(TEMPORARY_SUFFIX) else "not part of these shards"
+        problems.append(f"{path}: {what}, the manifest does not list it; remove it")
+    return problems
+
+
+def _index(folder: Path, manifest: Manifest) -> list[str]:
+    """`packs.arrow` against manifest and shards: every row of every shard exactly once, totals, fingerprint."""
+    path, index = folder / INDEX_NAME, read_index(folder / INDEX_NAME)
+    problems = []
+    names = [entry.name for entry in manifest.files if entry.name.startswith("shards/")]
+    rows = []
+    for number, name in enumerate(names):
+        shard = Shard(folder / name, manifest.kind)
+        rows.append(len(shard))
+        stated = {"capacity": manifest.capacity, "align": manifest.align, "shard": number}
+        head = shard.essentials
+        for key, value in stated.items():
+            if key in head and head[key] != value:
+                problems.append(f"{folder / name}: says {key} {head[key]}, the manifest {value}; restore it")
+    expected = np.concatenate([np.arange(n) + (s << 32) for s, n in enumerate(rows)]) if rows else np.empty(0, np.int64)
+    if not np.array_equal(np.sort((index.shard.astype(np.int64) << 32) + index.row), expected):
+        problems.append(f"{path}: does not name every row of the shards exactly once; restore it from a copy")
+    totals = {
+        "packs": len(index),
+        "slots": int(index.documents.sum(dtype=np.int64)),
+        "tokens": int(index.tokens.sum(dtype=np.int64)),
+        "target_tokens": int(index.target_tokens.sum(dtype=np.int64)),
+    }
+    for key, value in totals.items():
+        if manifest.totals.get(key, value) != value:
+            problems.append(f"{path}: sums to {value} {key}, the manifest says {manifest.totals[key]}; pack again")
+    found = fingerprint(index.xxh3, kind=manifest.kind, capacity=manifest.capacity, align=manifest.align)
+    if found != manifest.fingerprint:
+        problems.append(f"{folder / MANIFEST_NAME}: the fingerprint is not that of packs.arrow; pack again")
+    return problems
+
+
+def _ledger(folder: Path, manifest: Manifest) -> list[str]:
+    path = folder / LEDGER_NAME
+    value = json.loads(path.read_bytes())
+    ledger = Ledger.from_json(value)
+    try:
+        ledger.check()
+    except ValueError as error:
+        return [f"{path}: {error}"]
+    problems = []
+    kept = ledger.total()["kept"]
+    if value["total"] != ledger.to_json()["total"]:
+        problems.append(f"{path}: its total is not the sum of its sources; restore it from a copy")
+    for unit in ("documents", "tokens"):
+        if kept[unit] != manifest.totals.get(unit, kept[unit]):
+            problems.append(f"{path}: keeps {kept[unit]} {unit}, the shards hold {manifest.totals[unit]}; pack again")
+    return problems
+
+
+def _packs(folder: Path, manifest: Manifest) -> list[str]:
+    """Every pack: its hash, the invariants of its row, its ids, and its line in the index."""
+    dataset, problems = PackedDataset(folder), []
+    lengths, targets, seen = [], [], set()
+    for n in range(len(dataset)):
+        where = f"{folder}: pack {n} (shard {int(dataset.index.shard[n])}, row {int(dataset.index.row[n])})"
+        row = dataset[n]
+        try:
+            if pack_digest(row) != int(dataset.index.xxh3[n]):
+                raise ValueError("its hash is not the one in packs.arrow")
+            thd = _as_thd(row, manifest)
+            check_thd(*thd, capacity=manifest.capacity, align=manifest.align)
+            if int(row.input_ids.min()) < 0 or int(row.input_ids.max()) > max(manifest.largest_id, manifest.pad_id):
+                raise ValueError(f"ids outside 0 … {manifest.largest_id}")
+            if len(row.doc_ids) != len(thd[2]) or len(row.doc_offsets) != len(thd[2]):
+                raise ValueError(f"{len(row.doc_ids)} doc_ids for {len(thd[2])} documents")
+        except ValueError as error:
+            problems.append(f"{where}: {error}; restore the shard from a copy or pack again")
+            if len(problems) == MOST_PROBLEMS:
+                return [*problems, f"{folder}: more packs are damaged"]
+            continue
+        lengths.append(thd[2])
+        targets.append(int(thd[1].sum(dtype=np.int64)))
+        pieces = set(zip(row.doc_ids.tolist(), row.doc_offsets.tolist(), strict=True))
+        if len(pieces) < len(row.doc_ids) or seen & pieces:
+            problems.append(f"{where}: holds a document that is already packed elsewhere; pack again")
+        seen |= pieces
+    if problems:
+        return problems
+    offsets = np.append(0, np.cumsum([len(s) for s in lengths]))
+    columns = {**pack_columns(np.concatenate(lengths), offsets), "target_tokens": np.array(targets)}
+    for name, values in columns.items():
+        kept = dataset.index.padded(int(name[7:])) if name.startswith("padded_") else getattr(dataset.index, name)
+        if (wrong := np.flatnonzero(values != kept)).size:
+            problems.append(f"{folder / INDEX_NAME}: {name} of pack {wrong[0]} is not what its row says; pack again")
+    return problems
+
+
+def _as_thd(row, manifest: Manifest):
+    """(input_ids, loss_mask, seq_lens, slots) of a row of either kind; ValueError when it is not what its THD form
+    would be written as."""
+    if isinstance(row, ThdPack):
+        return row.input_ids, row.loss_mask, row.seq_lens, row.seq_lens_padded
+    thd = seqid_to_thd(row.input_ids, row.attention_mask, row.labels, align=manifest.align)
+    again = thd_to_seqid(*thd, capacity=manifest.capacity, pad_id=manifest.pad_id)
+    for name, want, have in zip(row._fields, again, row, strict=False):
+        if not np.array_equal(want, have):
+            raise ValueError(f"{name} does not fit the documents of the row")
+    return thd

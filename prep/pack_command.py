@@ -1,0 +1,130 @@
+"""`prep pack`."""
+
+import os
+from pathlib import Path
+
+import click
+
+from prep.encode.command import encode, options_of, sources_of
+from prep.options import FOLDER, Size, as_json, echo_json
+
+
+@click.command()
+@click.argument("inputs", nargs=-1)
+@click.option("--out", required=True, type=FOLDER, help="Folder for the shards; must be empty.")
+@click.option("--tokenizer", help="Folder with tokenizer.json and the chat template; for raw input.")
+@click.option("--seq-len", required=True, type=int, help="Capacity of a pack in tokens.")
+@click.option("--algo", default="bfd", show_default=True, help="Packing algorithm: greedy, ffd, bfd, best, optimal …")
+@click.option("--cp", default=1, show_default=True, help="Align documents for this many context-parallel ranks.")
+@click.option(
+    "--format", "kind", default="thd", show_default=True, type=click.Choice(["thd", "seqid"]), help="Layout of a row."
+)
+@click.option(
+    "--order",
+    default="cost",
+    show_default=True,
+    type=click.Choice(["cost", "shuffle", "input"]),
+    help="Order of the packs; cost: packs of like attention cost side by side, so that no rank waits. Eval is input.",
+)
+@click.option(
+    "--overlong",
+    default="error",
+    show_default=True,
+    type=click.Choice(["error", "drop", "truncate", "split"]),
+    help="What happens to documents longer than --seq-len.",
+)
+@click.option("--max-docs", type=click.IntRange(min=1), help="At most this many documents a pack.")
+@click.option("--drop-last", is_flag=True, help="Leave out the one pack with the fewest tokens, unless it is full.")
+@click.option("--seed", default=0, show_default=True, help="Decides order and ties, nothing else.")
+@click.option(
+    "--eval-fraction",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of documents, chosen by hash, held out: makes OUT/train and OUT/eval.",
+)
+@click.option("--eval-source", "eval_sources", multiple=True, help="Hold out all documents of this source, too.")
+@click.option("--shard-size", type=Size(), default="256M", show_default=True, help="Aim of a shard, e.g. 64M or 2G.")
+@click.option(
+    "--compress", type=click.Choice(["zstd"]), help="For shipping: smaller shards, which cannot be memory-mapped."
+)
+@click.option(
+    "--gate", "gates", multiple=True, help="Exit with 3 unless this holds of the (training) packs: fill>=0.98"
+)
+@click.option("--no-page", is_flag=True, help="Write no report.html.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the cores of this machine.")
+@click.option("--resume", is_flag=True, help="Finish what an interrupted run with the same options left.")
+@click.option("--quiet", is_flag=True, help="No progress and no report; errors only.")
+@as_json
+def pack(
+    inputs, out, eval_fraction, eval_sources, shard_size, compress, gates, no_page, workers, resume, quiet, **given
+) -> None:
+    """Pack INPUTS (anything that `prep encode` reads, or one document store) into OUT.
+
+    Raw input is tokenized into a document store beside OUT (OUT.store), from which other packs can be made without
+    tokenizing again. The options from --mix on are those of `prep encode`.
+
+    \b
+    prep pack chats.jsonl --out packed --tokenizer model/ --algo ffd --cp 2 --seq-len 4096 --eval-fraction 0.02
+    prep pack packed.store --out packed-8k --algo bfd --seq-len 8192 --gate 'fill>=0.98' --gate 'dropped<=1%'
+    """
+    from prep.gates import parse_gate
+    from prep.pipeline import Encoding, OutputOptions, pack_inputs
+    from prep.plan import PackOptions
+    from prep.progress import Progress
+
+    wanted = [parse_gate(text) for text in gates]
+    planned = ("seq_len", "algo", "cp", "order", "seed", "overlong", "max_docs", "drop_last")
+    encoding = None
+    if given["tokenizer"]:
+        sources = sources_of(inputs, given["mix"], given["columns"], given)
+        encoding = Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"])
+    folders = pack_inputs(
+        tuple(map(Path, inputs)),
+        out,
+        PackOptions(format=given["kind"], **{name: given[name] for name in planned}),
+        encoding=encoding,
+        output=OutputOptions(eval_fraction, eval_sources, shard_size, compress, not no_page),
+        workers=workers or len(os.sched_getaffinity(0)),
+        resume=resume,
+        progress=Progress(quiet=quiet),
+    )
+    if compress and not quiet:
+        click.echo("note: compressed shards are for shipping: readers decompress, they cannot map them", err=True)
+    reports = show(folders, as_json=given["as_json"], quiet=quiet)
+    _hold(wanted, reports[0])
+
+
+def show(folders: list[Path], *, as_json: bool, quiet: bool) -> list[dict]:
+    """Print the reports of finished folders; returns them."""
+    import json
+    import sys
+
+    from prep.inspect.report import REPORT_NAME
+
+    reports = [json.loads((folder / REPORT_NAME).read_bytes()) for folder in folders]
+    if as_json:
+        echo_json(reports[0] if len(reports) == 1 else {r["split"]: r for r in reports})
+    elif not quiet:
+        from rich.console import Console
+
+        from prep.inspect.terminal import print_report
+
+        for folder, report in zip(folders, reports, strict=True):
+            print_report(Console(file=sys.stdout), str(folder), report)
+    return reports
+
+
+def _hold(gates, report: dict) -> None:
+    from prep.gates import EXIT_CODE
+
+    broken = [message for message in (gate.check(report) for gate in gates) if message]
+    for message in broken:
+        click.echo(f"Error: {message}", err=True)
+    if broken:
+        raise SystemExit(EXIT_CODE)
+
+
+# Raw input is encoded on the way: the options of `prep encode` that `pack` has not itself are its own, too.
+_OWN = {parameter.name for parameter in pack.params} | {"unit_range"}
+pack.params.extend(parameter for parameter in encode.params if parameter.name not in _OWN)
