@@ -1,0 +1,246 @@
+"""Speed and memory of `prep encode` against what people use, in one run, every result checked.
+
+    python tools/bench_encode.py --tokenizer MODEL [--megabytes 32] [--json bench_encode.json]
+
+Input: the real conversations of the demo packages, once as chats and once as plain texts, repeated in shuffled order
+up to the size (or `--chats` / `--texts` files of your own). Everything runs with 2 processes; the peers are
+`datasets.map` (batched tokenizer call; `apply_chat_template` an example, as TRL does it) and the floor: the same
+records parsed and written as Arrow without any tokenizer. Rates are of text, start of processes included, medians of
+`--rounds` that alternate between all contenders. Compare ratios, never rates of another day.
+"""
+
+import argparse
+import functools
+import json
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import orjson  # noqa: E402
+import pyarrow as pa  # noqa: E402
+
+from prep.encode.options import EncodeOptions  # noqa: E402
+from prep.encode.readers import read_unit  # noqa: E402
+from prep.encode.run import encode  # noqa: E402
+from prep.encode.sources import as_sources, cut_units, find_inputs  # noqa: E402
+from prep.engine.local import run_units  # noqa: E402
+
+PROCESSES = 2
+FLOOR_SCHEMA = pa.schema([("text", pa.large_string())])
+
+
+def write_inputs(folder: Path, megabytes: float) -> tuple[Path, Path]:
+    """(chats, texts) as JSON lines of about so many megabytes each."""
+    from tools.demo_chats import write_chats
+
+    write_chats(folder / "demo.jsonl")
+    records = [json.loads(line) for line in (folder / "demo.jsonl").read_text(encoding="utf-8").splitlines()]
+    draw = random.Random(0)
+    chats, texts = folder / "chats.jsonl", folder / "texts.jsonl"
+    for path in (chats, texts):
+        size = 0
+        with open(path, "w", encoding="utf-8") as file:
+            while size < megabytes * 1e6:
+                draw.shuffle(records)
+                for record in records:
+                    value = {"messages": record["messages"]}
+                    if path == texts:
+                        value = {"text": "\n".join(message["content"] for message in record["messages"])}
+                    line = json.dumps(value, ensure_ascii=False) + "\n"
+                    file.write(line)
+                    size += len(line.encode())
+                    if size >= megabytes * 1e6:
+                        break
+    return chats, texts
+
+
+def text_bytes(path: Path) -> int:
+    """Bytes of text in a file of records: what the rates count."""
+    total = 0
+    for line in path.read_bytes().splitlines():
+        record = orjson.loads(line)
+        words = [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
+        total += sum(len(word.encode()) for word in words)
+    return total
+
+
+def ours(path: Path, tokenizer: str, out: Path, engine: str, workers: int = PROCESSES):
+    """`prep encode`, from the file to the finished store."""
+    return encode([path], out, EncodeOptions(tokenizer, engine=engine), workers=workers)
+
+
+def _floor_unit(out: str, source, unit) -> int:
+    words = []
+    for _, line in read_unit(unit, source):
+        record = orjson.loads(line)
+        words += [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
+    batch = pa.record_batch([pa.array(words, pa.large_string())], schema=FLOOR_SCHEMA)
+    with pa.ipc.new_file(f"{out}/{unit.index}.arrow", FLOOR_SCHEMA) as writer:
+        writer.write_batch(batch)
+    return len(words)
+
+
+def floor(path: Path, out: Path) -> None:
+    """Parse and write Arrow, no tokenizer: what no encoder can beat."""
+    out.mkdir()
+    sources = as_sources([path])
+    units = cut_units(find_inputs(sources), sources, 4 << 20)
+    run_units(functools.partial(_floor_unit, str(out), sources[0]), units, PROCESSES)
+
+
+PEER = """
+import os, sys
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+import datasets
+from transformers import AutoTokenizer
+kind, path, tokenizer, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=out)
+def texts(batch):
+    return {"input_ids": tokenizer(batch["text"])["input_ids"]}
+def chat(row):
+    return {"input_ids": tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)}
+if kind == "texts":
+    data = data.map(texts, batched=True, num_proc=2, remove_columns=data.column_names)
+else:
+    data = data.map(chat, num_proc=2, remove_columns=data.column_names)
+print(sum(map(len, data["input_ids"])))
+"""
+
+
+def datasets_map(kind: str, path: Path, tokenizer: str, out: Path) -> None:
+    """`datasets.map` with 2 processes, in a process of its own."""
+    command = [sys.executable, "-c", PEER, kind, str(path), tokenizer, str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+
+
+def peak_memory(function) -> float:
+    """Largest sum of PSS over this process and its children while a function runs, in MB above what it began with."""
+    peak, stop = [0.0], threading.Event()
+
+    def family() -> list[int]:
+        found, todo = [], [int(Path("/proc/self").resolve().name)]
+        while todo:
+            pid = todo.pop()
+            found.append(pid)
+            try:
+                todo += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+            except OSError:
+                continue
+        return found
+
+    def total() -> float:
+        kilobytes = 0
+        for pid in family():
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            except OSError:
+                continue
+        return kilobytes / 1e3
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            peak[0] = max(peak[0], total())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        function()
+    finally:
+        stop.set()
+        watcher.join()
+    return peak[0]
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and all children that have ended: what a busy machine can still compare."""
+    return sum(
+        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def measure(contenders: dict, rounds: int, work: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Median (seconds, CPU seconds) of each contender over alternating rounds."""
+    seconds = {name: [] for name in contenders}
+    cpu = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, function in contenders.items():
+            out = work / f"{name.replace(' ', '-')}-{number}"
+            begin, begin_cpu = time.perf_counter(), cpu_seconds()
+            function(out)
+            seconds[name].append(time.perf_counter() - begin)
+            cpu[name].append(cpu_seconds() - begin_cpu)
+            shutil.rmtree(out, ignore_errors=True)
+    return tuple({name: statistics.median(values) for name, values in times.items()} for times in (seconds, cpu))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--megabytes", type=float, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chats", type=Path)
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    report = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        chats, texts = arguments.chats, arguments.texts
+        if chats is None or texts is None:
+            made = write_inputs(work, arguments.megabytes)
+            chats, texts = chats or made[0], texts or made[1]
+        for kind, path in (("texts", texts), ("chats", chats)):
+            contenders = {
+                "prep auto": functools.partial(_ours, path, arguments.tokenizer, "auto"),
+                "prep hf": functools.partial(_ours, path, arguments.tokenizer, "hf"),
+                "datasets.map": functools.partial(_peer, kind, path, arguments.tokenizer),
+                "floor": functools.partial(_floor, path),
+            }
+            seconds, cpu = measure(contenders, arguments.rounds, work)
+            size = text_bytes(path) / 1e6
+            rates = {name: size / value for name, value in seconds.items()}
+            print(f"\n{kind}: {size:.1f} MB of text, {PROCESSES} processes, medians of {arguments.rounds}")
+            for name, rate in rates.items():
+                times = seconds["datasets.map"] / seconds[name]
+                share = 100 * rate / rates["floor"]
+                print(
+                    f"  {name:<14} {rate:8.1f} MB/s   {times:6.2f} x datasets.map   {share:5.1f} % of the floor   {cpu[name]:6.1f} CPU s"
+                )
+            report[kind] = {"megabytes": size, "seconds": seconds, "cpu_seconds": cpu}
+        ours(chats, arguments.tokenizer, work / "memory", "auto")  # warm
+        for factor in (1, 4):
+            big = work / f"big{factor}.jsonl"
+            big.write_bytes(chats.read_bytes() * factor)
+            peak = peak_memory(lambda big=big, f=factor: ours(big, arguments.tokenizer, work / f"peak{f}", "auto"))
+            print(f"peak PSS, input x {factor}: {peak:.0f} MB")
+            report[f"peak_pss_mb_x{factor}"] = peak
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+
+
+def _ours(path: Path, tokenizer: str, engine: str, out: Path) -> None:
+    ours(path, tokenizer, out, engine)
+
+
+def _peer(kind: str, path: Path, tokenizer: str, out: Path) -> None:
+    datasets_map(kind, path, tokenizer, out)
+
+
+def _floor(path: Path, out: Path) -> None:
+    floor(path, out)
+
+
+if __name__ == "__main__":
+    main()
