@@ -9,7 +9,7 @@ from prep.packing.bfd import bfd
 from prep.packing.bounds import lower_bound
 from prep.packing.ffd import ffd
 from prep.packing.greedy import greedy
-from prep.packing.lengths import Lengths
+from prep.packing.lengths import Lengths, reduced
 from prep.packing.level import level
 from prep.packing.optimal import optimal
 from prep.packing.ordered import ordered
@@ -48,12 +48,12 @@ def _level(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None)
 
 
 def _best(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
-    plan, bound = best(lengths.histogram, max_docs)
+    plan, bound = best(reduced(lengths.histogram), max_docs)
     return _result(lengths, assign(lengths, plan, seed), plan.num_bins, bound, "best")
 
 
 def _optimal(lengths: Lengths, max_docs: int, seed: int, time_limit: float | None) -> Packing:
-    plan, certificate = optimal(lengths.histogram, max_docs, time_limit)
+    plan, certificate = optimal(reduced(lengths.histogram), max_docs, time_limit)
     bin_ids = assign(lengths, plan, seed)
     return _result(lengths, bin_ids, plan.num_bins, certificate.bound, "optimal", certificate)
 
