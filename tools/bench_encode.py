@@ -215,9 +215,8 @@ def main() -> None:
             for name, rate in rates.items():
                 times = seconds["datasets.map"] / seconds[name]
                 share = 100 * rate / rates["floor"]
-                print(
-                    f"  {name:<14} {rate:8.1f} MB/s   {times:6.2f} x datasets.map   {share:5.1f} % of the floor   {cpu[name]:6.1f} CPU s"
-                )
+                figures = f"{rate:8.1f} MB/s   {times:6.2f} x datasets.map   {share:5.1f} % of the floor"
+                print(f"  {name:<14} {figures}   {cpu[name]:6.1f} CPU s")
             report[kind] = {"megabytes": size, "seconds": seconds, "cpu_seconds": cpu}
         ours(chats, arguments.tokenizer, work / "memory", "auto")  # warm
         for factor in (1, 4):
