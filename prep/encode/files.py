@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,8 +94,8 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
     """A seekable binary file; errors of the store come as OSError."""
     if is_remote(path):
         fs, inner = filesystem(path)
-        with fs.open(inner, "rb") as file:
-            yield file
+        with fs.open(inner, "rb") as file, io.BufferedReader(file, _BLOCK) as buffered:
+            yield buffered
     else:
         with open(path, "rb") as file:
             yield file
