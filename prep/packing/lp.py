@@ -33,7 +33,7 @@ class Relaxation:
         self.sizes, self.counts, self.capacity, self.pool = sizes, counts, capacity, pool
         most = np.minimum(np.minimum(capacity // sizes, max_docs), counts)
         self.pieces = _pieces(sizes, most)
-        self.layers = _layers(sizes, capacity, max_docs)
+        self.layers = _layers(sizes, most, capacity, max_docs)
         self.patterns = np.diag(most).astype(np.int32)
         self.prices = sizes / capacity
         self.steps, self.finished = 0, False
@@ -76,13 +76,18 @@ def work_per_step(sizes: np.ndarray, counts: np.ndarray, capacity: int, max_docs
     """(operations of one simplex step, bytes of the knapsack's trace)."""
     most = np.minimum(np.minimum(capacity // sizes, max_docs), counts)
     pieces = int(np.floor(np.log2(most)).sum()) + most.size
-    cells = pieces * (_layers(sizes, capacity, max_docs) + 1) * (capacity + 1)
+    cells = pieces * (_layers(sizes, most, capacity, max_docs) + 1) * (capacity + 1)
     return cells + sizes.size**2, cells
 
 
-def _layers(sizes: np.ndarray, capacity: int, max_docs: int) -> int:
-    """Documents that the knapsack has to count: `max_docs`, or none when the capacity is the tighter limit."""
-    return max_docs if max_docs < capacity // int(sizes[-1]) else 0
+def _layers(sizes: np.ndarray, most: np.ndarray, capacity: int, max_docs: int) -> int:
+    """Documents that the knapsack has to count: `max_docs`, or none when no bin can hold more than that anyway."""
+    weight = np.cumsum((sizes * most)[::-1])  # of the smallest documents
+    whole = int(np.searchsorted(weight, capacity, side="right"))
+    docs = int(most[::-1][:whole].sum())
+    if whole < sizes.size:
+        docs += (capacity - (int(weight[whole - 1]) if whole else 0)) // int(sizes[::-1][whole])
+    return max_docs if max_docs < docs else 0
 
 
 def _pieces(sizes: np.ndarray, most: np.ndarray) -> np.ndarray:
