@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
+from formats.dataset import PackedDataset
 from train import hf
 from train.attention.choose import choose_backend
 from train.checkpoint import Checkpointer, DataState, Position, check_data_state, read_position
@@ -91,7 +92,7 @@ def train(config: Config) -> None:
 
     def evaluation(step: int) -> None:
         if eval_dataset is not None:
-            metrics.evaluation(step, *evaluate_packs(config, model, mesh, eval_dataset, device))
+            metrics.evaluation(step, *evaluate_packs(config, model, mesh, eval_dataset, device, metrics))
 
     stop = StopSignal()
     loader = PackedLoader(
@@ -150,14 +151,16 @@ def train(config: Config) -> None:
     metrics.close()
 
 
-def evaluate_packs(config: Config, model: Decoder, mesh: Mesh, dataset, device: torch.device) -> tuple[float, int]:
+def evaluate_packs(
+    config: Config, model: Decoder, mesh: Mesh, dataset: PackedDataset, device: torch.device, metrics: Metrics
+) -> tuple[float, int]:
     """Mean loss of the first `--eval-packs` packs, and over how many target tokens."""
     packs = min(config.run.eval_packs or len(dataset), len(dataset))
     batch = mesh.dp_size * config.data.micro_packs
     schedule = Schedule(packs, "input", 0, 0, batch, config.data.micro_packs)
     loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device)
     try:
-        return evaluate(model, loader, schedule.steps(1), mesh)
+        return evaluate(model, loader, schedule.steps(1), mesh, metrics.evaluating)
     finally:
         loader.close()
 

@@ -1,5 +1,6 @@
 """What a run shows and records: OUT/metrics.jsonl, and a line on the terminal. Only rank 0 has either."""
 
+import atexit
 import json
 import math
 import resource
@@ -10,7 +11,7 @@ from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -60,12 +61,14 @@ class Metrics:
             (Path(out) / METRICS_NAME).unlink(missing_ok=True)
         cut_back(Path(out) / METRICS_NAME, first_step)
         self._file = open(Path(out) / METRICS_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        atexit.register(self.close)  # an error must not leave a live line (and a hidden cursor) on the terminal
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
+                TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[facts]}"),
                 console=self._console,
@@ -74,7 +77,7 @@ class Metrics:
             self._progress.start()
 
     def step(self, record: dict[str, Any]) -> None:
-        """Record one training step; see `--help` of the README for its fields. Not finite numbers become null."""
+        """Record one training step; a loss or norm that is not finite becomes null."""
         if not self._enabled:
             return
         self._write({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
@@ -88,6 +91,15 @@ class Metrics:
         elif record["step"] == self._steps or time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
             self._console.print(f"step {record['step']}/{self._steps}  {facts}")
+
+    def evaluating(self, done: int, rounds: int) -> None:
+        """Show that `done` of an evaluation's `rounds` of packs are through; on the terminal only."""
+        if self._progress is not None:
+            if done == 0:
+                self._eval_task = self._progress.add_task("eval", total=rounds, facts="")
+            self._progress.update(self._eval_task, completed=done)
+            if done == rounds:
+                self._progress.remove_task(self._eval_task)
 
     def evaluation(self, step: int, loss: float, targets: int) -> None:
         """Record the mean loss over the target tokens of the evaluation packs after `step` steps."""

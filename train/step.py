@@ -1,7 +1,7 @@
 """One optimizer step, and one evaluation: forward and backward over a rank's rows, everything summed over ranks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -86,16 +86,23 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: PackedLoader, steps: int, mesh: Mesh) -> tuple[float, int]:
-    """Mean loss over the target tokens of `steps` steps of `loader` (0 when there is none), and their number."""
+def evaluate(
+    model: nn.Module, loader: PackedLoader, steps: int, mesh: Mesh, progress: Callable[[int, int], None]
+) -> tuple[float, int]:
+    """Mean loss over the target tokens of `steps` steps of `loader` (0 when there is none), and their number.
+
+    `progress(done, steps)` is called before the first step and after each.
+    """
     model.eval()
     targets = 0
     total = None
-    for _ in range(steps):
+    progress(0, steps)
+    for done in range(1, steps + 1):
         targets += loader.next_step().target_tokens
         for row in loader.rows():
             loss = model(row.input_ids, row.position_ids, row.segments, row.labels).double()
             total = loss if total is None else total + loss
+        progress(done, steps)
     model.train()
     assert total is not None, "an evaluation has at least one step"
     return sum_over(mesh, total, LOSS_AXES).item() / max(1, targets), targets

@@ -3,6 +3,7 @@
 
 import functools
 import itertools
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference import KeepDouble, gradient_distances, run_by_documents
+from tokenizers import Tokenizer
 from torch.distributed.tensor import DTensor
 
 from formats.dataset import PackedDataset
@@ -127,3 +129,45 @@ def test_loss_and_every_gradient_equal_the_documents_one_at_a_time(name, dtype, 
     for loss, error, parameter in of_ranks:
         assert loss == pytest.approx(wanted_loss, rel=LIMIT[dtype])
         assert error <= LIMIT[dtype], parameter
+
+
+TEXT = """The ferry leaves at nine. If the fog stays, it leaves at ten. — Who told you that? The woman at the counter,
+and she has worked there for thirty years. Ein Satz auf Deutsch, damit nicht alles englisch ist; 一行中文也可以。
+def f(x): return x + 1  # and some code. Numbers, too: 3.14159, 2,718, 10^9. Then there is one short line left. Yes."""
+
+
+def real_packs(model_dir):
+    """Three packs of 128 tokens with slots of 4, of real text cut at sentences; all but first tokens are targets."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    documents = [tokenizer.encode(part).ids for part in re.split(r"(?<=[.?。])\s", TEXT)]
+    rows, doc = [], 0
+    for k in range(3):
+        ids, mask, lens, slots = [], [], [], []
+        for document in documents[k:] + documents[:k]:
+            slot = -(-len(document) // 4) * 4
+            if len(ids) + slot > 128:
+                break
+            ids += document + [0] * (slot - len(document))
+            mask += [0] + [1] * (len(document) - 1) + [0] * (slot - len(document))
+            lens.append(len(document))
+            slots.append(slot)
+        columns = (ids, np.int32), (mask, np.uint8), (lens, np.int32), (slots, np.int32)
+        docs = np.arange(doc, doc + len(lens)), np.zeros(len(lens), np.int32)
+        rows.append((*(np.array(column, dtype) for column, dtype in columns), *docs))
+        doc += len(lens)
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.float64, 1e-8)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_smollm2_packed_equals_its_documents_one_at_a_time(world, dtype, limit, smollm2_dir, tmp_path):
+    shards = make_shards(tmp_path / "shards", real_packs(smollm2_dir), capacity=128, align=4, vocab_size=49152)
+    wanted_loss, gradients = by_documents(smollm2_dir, PackedDataset(shards), dtype)
+    torch.save(gradients, tmp_path / "wanted.pt")
+    del gradients
+    config = Config(data=Data(batch_packs=4))
+    case = smollm2_dir, shards, config, dtype, tmp_path / "wanted.pt"
+    for loss, error, parameter in run_ranks(packed_step, world, *case, timeout=280):
+        assert loss == pytest.approx(wanted_loss, rel=limit)
+        assert error <= limit, parameter

@@ -123,6 +123,21 @@ def test_a_resume_on_another_mesh_gives_the_same_losses(world, layout, flags, st
         assert [got[key] for key in exact] == [want[key] for key in exact]
 
 
+SWITCHES = {"recompute": "full", "dp_replicate": 2, "micro_packs": 2}
+
+
+@pytest.mark.parametrize(
+    ("extra", "close"),
+    [(["--cpu-offload", "--no-reshard"], 1e-6), (["--dtype", "bfloat16"], 2e-2)],
+    ids=["all switches", "bfloat16"],
+)
+def test_switches_change_the_way_and_not_the_losses(extra, close, flags, straight, tmp_path):
+    run_ranks(run, 2, [*flags(**SWITCHES), *extra])
+    for got, want in zip(steps_of(tmp_path / "out"), steps_of(straight), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=close)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=10 * close)
+
+
 def test_metrics_evaluation_and_export(flags, data, tiny_llama_dir, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
