@@ -182,6 +182,11 @@ def test_certificate_of_thirds():
     assert pack(lengths, 256, "best").num_bins <= packing.num_bins * 1.001
 
 
+def test_completion_closes_most_of_the_gap_of_best_fit():
+    lengths = np.random.default_rng(0).integers(8192 // 5, 8192 // 2 + 1, 20_000)
+    assert pack(lengths, 8192, "best").gap < 0.35 * pack(lengths, 8192, "bfd").gap
+
+
 def test_work_limits_keep_the_result_valid_and_a_time_limit_only_aborts(monkeypatch):
     lengths = np.random.default_rng(0).integers(256 // 5, 129, 5_000)
     free = pack(lengths, 256, "optimal")

@@ -14,6 +14,7 @@ from prep.packing import bfd as bfd_module
 from prep.packing import completion as completion_module
 from prep.packing import ffd as ffd_module
 from prep.packing import lengths as lengths_module
+from prep.packing import level as level_module
 
 HISTOGRAM = ("ffd", "bfd", "level", "best", "optimal")  # planned on the histogram alone
 settings.register_profile("packing", deadline=None, max_examples=80)
@@ -170,6 +171,38 @@ def test_ordered_is_best_fit_among_the_newest_bins(lengths, max_docs):
     assert packing.num_bins == bins
     newest = np.maximum.accumulate(ids) if len(ids) else ids
     assert np.all(newest - ids < window)
+
+
+@pytest.mark.parametrize("capacity", [100, 1000, 10_000, 300_000])
+def test_first_and_best_fit_on_many_levels(capacity):
+    rng = np.random.default_rng(capacity)
+    for low, high in ((1, capacity), (capacity // 20, capacity // 2), (capacity // 5, capacity // 3)):
+        lengths = rng.integers(low, high + 1, 400).astype(np.int32)
+        ids, _ = textbook(lengths, capacity, None, decreasing(lengths), first)
+        np.testing.assert_array_equal(pack(lengths, capacity, "ffd").bin_ids, ids)
+        _, bins = textbook(lengths, capacity, None, decreasing(lengths), fullest)
+        assert pack(lengths, capacity, "bfd").num_bins == bins
+
+
+@given(instances(), limits, st.integers(1, 40))
+def test_level_places_long_documents_in_the_bin_of_least_cost(instance, max_docs, bins):
+    lengths, capacity = instance
+    h = lengths_module.Lengths(lengths, capacity, 1).histogram
+    room, held, ids = np.full(bins, capacity, np.int32), np.zeros(bins, np.int32), np.empty(lengths.size, np.int32)
+    found = level_module._by_cost(h.sizes, h.counts, max_docs or 1000, ids, room, held)
+    cost, left, docs, expected = [0] * bins, [capacity] * bins, [0] * bins, []
+    for size in sorted(lengths.tolist(), reverse=True):
+        able = [(cost[b], b) for b in range(bins) if left[b] >= size and docs[b] < (max_docs or 1000)]
+        if not able:
+            break
+        b = min(able)[1]
+        cost[b] += size * size
+        left[b] -= size
+        docs[b] += 1
+        expected.append(b)
+    assert found == (len(expected) == lengths.size)
+    if found:
+        assert ids.tolist() == expected
 
 
 # ---- promises of all algorithms -------------------------------------------------------------------------------------
