@@ -1,5 +1,6 @@
 """What a Hugging Face tokenizer folder says: the tokenizer, its special tokens, its chat template."""
 
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _UNKNOWN_LENGTH = 1 << 24
 """Stands for a token whose bytes are not known: every sum over it misses the length of a text."""
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -50,6 +52,16 @@ class TokenizerFolder:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """`new_tokenizer`, kept."""
         return self.new_tokenizer()
+
+    @cached_property
+    def fast_tokenizer(self):
+        """The same for fastokens; None where that is not installed or does not read this tokenizer."""
+        try:
+            import fastokens  # an extra: not everyone has it
+
+            return fastokens.Tokenizer.from_json_str(self.json_text)
+        except (ImportError, ValueError, RuntimeError):
+            return None
 
     @cached_property
     def added_tokens(self) -> tuple[dict, ...]:
@@ -198,6 +210,17 @@ def read_tokenizer(path: str | Path) -> TokenizerFolder:
         raise ValueError(
             f"{path}: no tokenizer.json in this folder; save it with transformers' save_pretrained of a fast tokenizer"
         )
+    stamps = tuple(
+        (name, stat.st_mtime_ns, stat.st_size)
+        for name in _FILES
+        if (path / name).is_file() and (stat := (path / name).stat())
+    )
+    return _read_folder(path, stamps)
+
+
+@functools.lru_cache(2)
+def _read_folder(path: Path, stamps: tuple) -> TokenizerFolder:
+    """One instance a process as long as the files stay the same: loading takes seconds for large vocabularies."""
     text = (path / "tokenizer.json").read_text(encoding="utf-8")
     config = _read_json(path / "tokenizer_config.json")
     named = {**_read_json(path / "special_tokens_map.json"), **config}

@@ -50,14 +50,10 @@ class TokenEncoder:
     def __init__(self, folder: TokenizerFolder, engine: str):
         self._folder = folder
         self._hf = folder.tokenizer
-        self._fast = None
+        self._fast = folder.fast_tokenizer if engine == "fast" else None
         self._budget = 0.0
         self.compared = 0
         """Pieces of text that were compared with Hugging Face since `reset`."""
-        if engine == "fast":
-            import fastokens  # an extra: not everyone has it
-
-            self._fast = fastokens.Tokenizer.from_json_str(folder.json_text)
 
     def reset(self) -> None:
         """Begin a work unit: what is compared depends on the unit alone."""
@@ -217,13 +213,7 @@ class TokenEncoder:
 
 def can_be_fast(folder: TokenizerFolder) -> bool:
     """Whether fastokens is installed, reads this tokenizer, and its byte ranges can be computed."""
-    try:
-        import fastokens
-
-        fastokens.Tokenizer.from_json_str(folder.json_text)
-    except (ImportError, ValueError, RuntimeError):
-        return False
-    return folder.byte_lengths is not None
+    return folder.byte_lengths is not None and folder.fast_tokenizer is not None
 
 
 def select_sample(texts: Sequence[str], budget: float) -> tuple[list[str], float]:
