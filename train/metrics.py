@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -70,11 +72,11 @@ class Metrics:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[facts]}"),
                 console=self._console,
             )
-            self._task = self._progress.add_task("train", total=steps, completed=first_step, facts="")
-            self._progress.start()
+            self._task = self._progress.add_task("train", total=steps, completed=first_step)
+            self._live = Live(self._progress, console=self._console)
+            self._live.start()
 
     def step(self, record: dict[str, Any]) -> None:
         """Record one training step; a loss or norm that is not finite becomes null."""
@@ -87,7 +89,9 @@ class Metrics:
             f"stall {record['data_stall_seconds']:.3f} s  {record['memory_bytes'] / 2**30:.2f} GiB"
         )
         if self._progress is not None:
-            self._progress.update(self._task, completed=record["step"], facts=facts)
+            self._progress.update(self._task, completed=record["step"])
+            # A line of its own, which a narrow terminal cuts at its end.
+            self._live.update(Group(self._progress, Text(facts, no_wrap=True, overflow="ellipsis")))
         elif record["step"] == self._steps or time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
             self._console.print(f"step {record['step']}/{self._steps}  {facts}")
@@ -96,7 +100,7 @@ class Metrics:
         """Show that `done` of an evaluation's `rounds` of packs are through; on the terminal only."""
         if self._progress is not None:
             if done == 0:
-                self._eval_task = self._progress.add_task("eval", total=rounds, facts="")
+                self._eval_task = self._progress.add_task("eval", total=rounds)
             self._progress.update(self._eval_task, completed=done)
             if done == rounds:
                 self._progress.remove_task(self._eval_task)
@@ -116,7 +120,7 @@ class Metrics:
 
     def close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            self._live.stop()
             self._progress = None
         if self._file is not None:
             self._file.close()
