@@ -13,6 +13,7 @@ COMMANDS = {
     "pack": "prep.pack_command:pack",
     "report": "prep.inspect.commands:report",
     "verify": "prep.inspect.commands:verify",
+    "convert": "prep.convert.command:convert",
 }
 """Name → module:function, in the order in which help lists them."""
 

@@ -1,0 +1,45 @@
+"""`prep convert`."""
+
+import click
+
+from prep.options import FOLDER
+
+TO = ("thd", "seqid", "hf", "automodel", "bridge", "megatron")
+
+HINTS = {
+    "thd": "train with: torchrun train/main.py --shards {out}",
+    "seqid": "readers must take attention_mask as document numbers, 0 being padding",
+    "hf": "datasets.load_from_disk({out!r}); TRL: SFTConfig(padding_free=True), the model with use_cache=False",
+    "automodel": "datasets.load_from_disk({out!r}), collated by packed_sequence_thd_collater",
+    "bridge": "Megatron-Bridge: packed_train_data_path={out}/packed.idx.parquet",
+    "megatron": "Megatron-LM: --data-path {out}/documents (texts only: it knows no packs and no loss mask)",
+}
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--to", required=True, type=click.Choice(TO), help="Whose format.")
+@click.option("--out", required=True, type=FOLDER, help="Folder to write; must be empty or new.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def convert(folder, to, out, quiet) -> None:
+    """Write the packs of FOLDER (or of its train and eval) in the format of another trainer.
+
+    \b
+    thd, seqid  the two layouts of this project, exactly into each other
+    hf          a datasets folder for TRL's SFTTrainer and Axolotl
+    automodel   a datasets folder for NVIDIA NeMo AutoModel's packed collater
+    bridge      packed Parquet of NVIDIA Megatron-Bridge
+    megatron    indexed documents (.bin/.idx) of Megatron-LM
+
+    \b
+    prep convert packed --to hf --out packed-hf
+    prep convert packed-seqid --to thd --out packed-thd
+    """
+    from prep.convert.run import convert as run
+    from prep.inspect.facts import packed_folders
+
+    for part in packed_folders(folder):
+        target = out if part == folder else out / part.name
+        packs = run(part, target, to)
+        if not quiet:
+            click.echo(f"{target}: {packs:,} packs; {HINTS[to].format(out=str(target))}")

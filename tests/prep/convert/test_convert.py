@@ -1,0 +1,235 @@
+"""Each conversion, read back by that project's own reader or against its documented layout."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from formats.dataset import PackedDataset
+from formats.layout import seqid_to_thd
+from make_shards import make_shards, random_packs
+from prep.cli import main
+from prep.inspect.verify import verify
+from prep.ledger import Ledger
+
+CAPACITY, VOCABULARY = 64, 300
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return random_packs(np.random.default_rng(0), 70, CAPACITY, 4, VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def packed(rows, tmp_path_factory):
+    """A THD folder of 70 packs with slots aligned to 4, so padding is everywhere."""
+    from formats.shard import write_json
+
+    folder = tmp_path_factory.mktemp("packed") / "thd"
+    tokens, count = int(sum(r[2].sum() for r in rows)), sum(len(r[2]) for r in rows)
+    totals = {"packs": len(rows), "documents": count, "tokens": tokens, "lower_bound_packs": 1}
+    totals["slot_tokens"] = sum(len(r[0]) for r in rows)
+    ledger = Ledger()
+    ledger.read("random", count, tokens)
+    ledger.keep("random", count, tokens)
+    make_shards(folder, rows, capacity=CAPACITY, align=4, cp=2, shard_packs=66, totals=totals, vocab_size=VOCABULARY)
+    write_json(folder / "ledger.json", ledger.to_json())
+    return folder
+
+
+def documents(rows):
+    """(ids, mask) of the documents of every pack, by plain slicing."""
+    found = []
+    for ids, mask, seq_lens, slots, *_ in rows:
+        at, pack = 0, []
+        for n, slot in zip(seq_lens.tolist(), slots.tolist(), strict=True):
+            pack.append((ids[at : at + n].tolist(), mask[at : at + n].tolist()))
+            at += slot
+        found.append(pack)
+    return found
+
+
+@pytest.fixture(scope="module")
+def converted(packed, tmp_path_factory):
+    made = {}
+
+    def convert(to: str, source: Path = packed) -> Path:
+        if (to, source) not in made:
+            out = tmp_path_factory.mktemp("converted") / to
+            result = run("convert", source, "--to", to, "--out", out)
+            assert result.exit_code == 0, result.output
+            assert not list(out.parent.glob("*.unfinished"))
+            made[to, source] = out
+        return made[to, source]
+
+    return convert
+
+
+def test_thd_to_seqid_and_back_is_exact(packed, rows, converted):
+    seqid = PackedDataset(converted("seqid"))
+    assert seqid.manifest.kind == "seqid"
+    for n, (ids, mask, seq_lens, slots, doc_ids, offsets) in enumerate(rows):
+        pack = seqid[n]
+        assert len(pack.input_ids) == CAPACITY
+        back = seqid_to_thd(pack.input_ids, pack.attention_mask, pack.labels, align=4)
+        for got, want in zip((*back, *pack[4:]), (ids, mask, seq_lens, slots, doc_ids, offsets), strict=True):
+            np.testing.assert_array_equal(got, want)
+    again, original = PackedDataset(converted("thd", converted("seqid"))), PackedDataset(packed)
+    assert again.manifest.fingerprint == original.manifest.fingerprint
+    for n in range(len(rows)):
+        for got, want in zip(again[n], original[n], strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert verify(converted("seqid"), deep=True).problems == []
+    assert verify(again.folder, deep=True).problems == []
+
+
+def test_hf_is_a_datasets_folder_of_real_tokens(rows, converted):
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.load_from_disk(str(converted("hf")))
+    assert loaded.column_names == ["input_ids", "labels", "position_ids", "seq_lengths"]
+    for row, pack in zip(loaded, documents(rows), strict=True):
+        assert row["input_ids"] == [i for ids, _ in pack for i in ids]
+        assert row["labels"] == [i if m else -100 for ids, mask in pack for i, m in zip(ids, mask, strict=True)]
+        assert row["position_ids"] == [t for ids, _ in pack for t in range(len(ids))]
+        assert row["seq_lengths"] == [len(ids) for ids, _ in pack]
+
+
+def test_automodel_rows_are_what_its_collater_stacks(rows, converted):
+    """Rows of equal length, spans that sum to it, labels at their predecessors."""
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.load_from_disk(str(converted("automodel")))
+    assert loaded.column_names == ["input_ids", "labels", "position_ids", "seq_lens", "seq_lens_padded"]
+    for row, (ids, _, _, slots, *_), pack in zip(loaded, rows, documents(rows), strict=True):
+        assert len(row["input_ids"]) == len(row["labels"]) == len(row["position_ids"]) == CAPACITY
+        assert sum(row["seq_lens_padded"]) == CAPACITY
+        assert row["seq_lens_padded"][:-1] == slots[:-1].tolist()
+        assert row["input_ids"][: len(ids)] == ids.tolist()
+        at = 0
+        for (document, mask), n, span in zip(pack, row["seq_lens"], row["seq_lens_padded"], strict=True):
+            assert row["input_ids"][at : at + n] == document
+            shifted = [i if m else -100 for i, m in zip(document[1:], mask[1:], strict=True)]
+            assert row["labels"][at : at + span] == shifted + [-100] * (span - n + 1)
+            assert row["position_ids"][at : at + span] == list(range(span))
+            at += span
+
+
+def test_bridge_trains_the_same_pairs(rows, converted):
+    """Megatron-Bridge feeds ids[s:e−1], predicts ids[s+1:e], and weighs with loss_mask[s:e−1] (GPTSFTPackedDataset)."""
+    table = pq.read_table(converted("bridge") / "packed.idx.parquet")
+    assert table.schema.names == ["input_ids", "loss_mask", "seq_start_id"]
+    assert [str(f.type.value_type) for f in table.schema] == ["int32", "int8", "int32"]
+    wanted = [[d for d in pack if len(d[0]) > 1] for pack in documents(rows)]
+    for row, pack in zip(table.to_pylist(), [p for p in wanted if p], strict=True):
+        bounds = [*row["seq_start_id"], len(row["input_ids"])]
+        assert bounds[0] == 0
+        for start, end, (ids, mask) in zip(bounds[:-1], bounds[1:], pack, strict=True):
+            assert row["input_ids"][start:end] == ids
+            assert row["loss_mask"][start : end - 1] == mask[1:]
+
+
+def test_megatron_documents_by_the_documented_layout(rows, converted):
+    folder = converted("megatron")
+    data = (folder / "documents.idx").read_bytes()
+    assert data[:9] == b"MMIDIDX\x00\x00"
+    version, code, sequences, boundaries = struct.unpack("<QBQQ", data[9:34])
+    assert (version, code) == (1, 8)
+    expected = [ids for pack in documents(rows) for ids, _ in pack]
+    assert (sequences, boundaries) == (len(expected), len(expected) + 1)
+    lengths = np.frombuffer(data, np.int32, sequences, 34)
+    pointers = np.frombuffer(data, np.int64, sequences, 34 + 4 * sequences)
+    starts = np.frombuffer(data, np.int64, boundaries, 34 + 12 * sequences)
+    assert len(data) == 34 + 12 * sequences + 8 * boundaries
+    assert starts.tolist() == list(range(boundaries))
+    tokens = (folder / "documents.bin").read_bytes()
+    for document, length, pointer in zip(expected, lengths, pointers, strict=True):
+        assert np.frombuffer(tokens, np.uint16, length, pointer).tolist() == document
+    assert len(tokens) == 2 * lengths.sum()
+
+
+def test_refusals_leave_nothing(packed, tmp_path):
+    result = run("convert", packed, "--to", "thd", "--out", tmp_path / "x")
+    assert result.exit_code == 1
+    assert "is thd already" in result.output
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("a")
+    assert "already exists" in run("convert", packed, "--to", "hf", "--out", tmp_path / "full").output
+    assert run("convert", tmp_path / "none", "--to", "hf", "--out", tmp_path / "x").exit_code == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_dir):
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaForCausalLM.from_pretrained(tiny_llama_dir, attn_implementation="sdpa").double().eval()
+
+
+def test_stock_models_leak_with_a_mask_and_isolate_with_positions(model, rows, converted):
+    """Change one token of the first document: with the document numbers as `attention_mask` later documents feel it,
+    with `position_ids`, no mask and use_cache=False none does."""
+    import torch
+    from datasets import load_from_disk
+
+    def moved(ids, start, **arguments):
+        other = list(ids)
+        other[1] = (other[1] + 7) % VOCABULARY
+        with torch.no_grad():
+            a, b = (model(torch.tensor(x)[None], use_cache=False, **arguments).logits[0] for x in (ids, other))
+        return float((a[start:] - b[start:]).abs().max())
+
+    n = next(i for i, r in enumerate(rows) if len(r[2]) > 2 and r[2][0] > 3)
+    pack = PackedDataset(converted("seqid"))[n]
+    mask = torch.tensor(pack.attention_mask)[None]
+    assert moved(pack.input_ids.tolist(), int(rows[n][3][0]), attention_mask=mask) > 1e-3
+    row = load_from_disk(str(converted("hf")))[n]
+    positions = torch.tensor(row["position_ids"])[None]
+    assert moved(row["input_ids"], int(rows[n][2][0]), position_ids=positions) == 0
+
+
+def test_trl_trains_the_same_loss(model, rows, converted, tiny_llama_dir, tmp_path):
+    """One step of TRL's SFTTrainer on the converted folder: its loss is that of the documents one at a time."""
+    trl = pytest.importorskip("trl", reason="NOT TESTED, TRL is absent: pip install trl")
+    import torch
+    from datasets import load_from_disk
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    total, targets = 0.0, 0
+    for ids, mask in (d for pack in documents(rows)[:4] for d in pack):
+        with torch.no_grad():
+            logits = model(torch.tensor(ids)[None], use_cache=False).logits[0]
+        losses = torch.nn.functional.cross_entropy(
+            logits[:-1], torch.tensor(ids[1:], dtype=torch.long), reduction="none"
+        )
+        total += float(losses[torch.tensor(mask[1:]).bool()].sum())
+        targets += sum(mask)
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        padding_free=True,
+        max_length=None,
+        report_to=[],
+        logging_steps=1,
+        learning_rate=0.0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    stock = LlamaForCausalLM.from_pretrained(tiny_llama_dir, attn_implementation="sdpa", use_cache=False)
+    trainer = trl.SFTTrainer(
+        stock,
+        args=config,
+        train_dataset=load_from_disk(str(converted("hf"))).select(range(4)),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama_dir),
+    )
+    trainer.train()
+    loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert loss == pytest.approx(total / targets, rel=2e-4)
