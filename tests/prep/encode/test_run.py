@@ -22,10 +22,12 @@ import pytest
 from click.testing import CliRunner
 
 from prep.encode.command import encode as command
+from prep.encode.direct import DirectRenderer
 from prep.encode.options import EncodeOptions, MaskPolicy
 from prep.encode.run import encode
 from prep.encode.sources import SourceSpec, read_mix
 from prep.encode.store import DocumentStore, UnitWriter
+from prep.encode.tokens import TokenEncoder
 
 WORDS = ["the", "quick", "brown", "fox", "naïve", "日本語", "emigrés", "😀", "x" * 30, "\n", "line\nbreak"]
 KILLS = 20
@@ -568,3 +570,36 @@ def test_ctrl_c_ends_cleanly_and_can_be_resumed(tmp_path, byte_level):
     assert "go on with --resume" in errors
     assert "Traceback" not in errors
     assert not list((tmp_path / "s").rglob("*.tmp"))
+
+
+def test_a_unit_in_which_the_fast_engine_differs_is_done_again_with_hf(tmp_path, byte_level, monkeypatch):
+    pytest.importorskip("fastokens")
+    path = write_jsonl(tmp_path / "a.jsonl", texts(3000))
+    expected = run(path, tmp_path / "hf", byte_level, engine="hf", unit_bytes=10**6)
+    real = TokenEncoder._encode_fast
+
+    def wrong(self, given):
+        ids, offsets = real(self, given)
+        return ids + (ids == ids[0]).astype(np.int32), offsets
+
+    monkeypatch.setattr(TokenEncoder, "_encode_fast", wrong)
+    store = run(path, tmp_path / "fast", byte_level, engine="fast", unit_bytes=10**6)
+    assert documents(store) == documents(expected)
+    assert store.ledger.total()["notes"]["engine_differed_units"] >= 1
+
+
+def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tmp_path, byte_level, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(300))
+    expected = run(path, tmp_path / "right", byte_level)
+    real = DirectRenderer.render
+
+    def wrong(self, messages):
+        rendering = real(self, messages)
+        if rendering is not None:
+            rendering.text += "!"
+        return rendering
+
+    monkeypatch.setattr(DirectRenderer, "render", wrong)
+    store = run(path, tmp_path / "wrong", byte_level)
+    assert documents(store) == documents(expected)
+    assert store.ledger.total()["notes"]["direct_rendering_differed_units"] == 1
