@@ -10,6 +10,7 @@ everything random are functions of the step, so nothing else is kept and another
 import dataclasses
 import json
 import shutil
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,29 +111,59 @@ def check_data_state(folder: Path, saved: DataState, now: DataState) -> None:
 class Checkpointer:
     """Saves and loads the checkpoints of one run; every method is called by all ranks together."""
 
-    def __init__(self, out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int):
+    def __init__(
+        self, out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int, *, background: bool = False
+    ):
         self._out, self._model, self._optimizer, self._keep = Path(out), model, optimizer, keep
+        self._background = background
+        self._writing: tuple[Position, Future] | None = None
         # A group of its own: planning talks over gloo and must never meet the collectives of training.
         self._group = dist.new_group(backend="gloo")
 
     def save(self, position: Position) -> Path:
-        """Write the checkpoint of `position`, mark it complete, then drop all but the newest `keep`."""
+        """Write the checkpoint of `position`, mark it complete, then drop all but the newest `keep`.
+
+        In the background only the copy to host memory is waited for; the mark follows in a later `poll` or `wait`.
+        """
+        self.wait()
         folder = step_folder(self._out, position.step)
         if dist.get_rank() == 0:
             # What is left of a save that was killed.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         dist.barrier(self._group)
-        dcp.save(self._state(), checkpoint_id=folder, process_group=self._group)
-        if dist.get_rank() == 0:
-            write_json(folder / MARK, {"version": VERSION, **dataclasses.asdict(position)})
-            for old in whole_checkpoints(self._out)[: -self._keep] if self._keep else []:
-                (
-                    old / MARK
-                ).unlink()  # first the mark: a kill in between must not leave half a checkpoint that looks whole
-                shutil.rmtree(old)
-        dist.barrier(self._group)
+        if self._background:
+            writing = dcp.async_save(self._state(), checkpoint_id=folder, process_group=self._group)
+            self._writing = position, writing
+        else:
+            dcp.save(self._state(), checkpoint_id=folder, process_group=self._group)
+            self._complete(position)
+            dist.barrier(self._group)
         return folder
+
+    def poll(self) -> None:
+        """Mark a background save that has ended. Not collective: when it ends on rank 0, all ranks have written."""
+        if self._writing is not None and self._writing[1].done():
+            position, writing = self._writing
+            self._writing = None
+            writing.result()
+            self._complete(position)
+
+    def wait(self) -> None:
+        """Wait for a background save to be complete, on every rank."""
+        if self._writing is not None:
+            self._writing[1].result()
+            self.poll()
+        if self._background:
+            dist.barrier(self._group)
+
+    def _complete(self, position: Position) -> None:
+        if dist.get_rank() != 0:
+            return
+        write_json(step_folder(self._out, position.step) / MARK, {"version": VERSION, **dataclasses.asdict(position)})
+        for old in whole_checkpoints(self._out)[: -self._keep] if self._keep else []:
+            (old / MARK).unlink()  # first the mark: a kill in between must not leave half a checkpoint that looks whole
+            shutil.rmtree(old)
 
     def load(self, folder: Path) -> None:
         """Fill model and optimizer in place from a complete checkpoint, whatever mesh wrote it.

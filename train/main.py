@@ -77,7 +77,7 @@ def train(config: Config) -> None:
     model.to_empty(device="cpu" if config.layout.cpu_offload else device)
     hf.load_weights(model, Path(config.model.model))
     optimizer = build_optimizer(model, config.optim)
-    checkpointer = Checkpointer(out, model, optimizer, config.run.keep)
+    checkpointer = Checkpointer(out, model, optimizer, config.run.keep, background=config.run.async_save)
     if checkpoint is not None:
         checkpointer.load(checkpoint)
 
@@ -135,6 +135,7 @@ def train(config: Config) -> None:
                 "memory_bytes": int(worst[1].item()),
             }
         )
+        checkpointer.poll()
         told_to_stop = bool(worst[2].item()) and step < steps
         if step == steps or (config.run.eval_every and step % config.run.eval_every == 0 and not told_to_stop):
             evaluation(step)
@@ -145,6 +146,7 @@ def train(config: Config) -> None:
             metrics.say(f"stopped by a signal after step {step} of {steps}; go on with:\n  {resume_command()}")
             break
     loader.close()
+    checkpointer.wait()
     if position.step == steps and config.run.export:
         hf.save_weights(model, Path(config.model.model), out / "hf")
         metrics.say(f"exported {out / 'hf'}")

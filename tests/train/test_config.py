@@ -60,6 +60,7 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
     values |= {
         "recompute": "full",
         "export": "false",
+        "async_save": "true",
         "reshard": "false",
         "cpu_offload": "true",
         "lr": "0.5",

@@ -205,6 +205,15 @@ def test_a_signal_to_any_rank_ends_with_a_checkpoint_and_the_way_on(number, flag
     assert steps_of(tmp_path / "out") == steps_of(straight)
 
 
+def test_checkpoints_in_the_background_hold_the_same(flags, straight, tmp_path):
+    run_ranks(run, 2, [*flags(save_every=1, keep=0), "--async-save"])
+    found = whole_checkpoints(tmp_path / "out")
+    assert [folder.name for folder in found] == [f"step-{step:08d}" for step in range(1, 7)]
+    assert steps_of(tmp_path / "out") == steps_of(straight)
+    run_ranks(run, 2, flags(out=tmp_path / "again", resume=found[2]))
+    assert steps_of(tmp_path / "again") == steps_of(straight)[3:]
+
+
 def test_a_half_written_checkpoint_is_ignored_for_the_last_whole_one(flags, straight, finished):
     (whole_checkpoints(finished)[-1] / MARK).unlink()
     said = run_ranks(run, 2, flags(resume="auto"))
