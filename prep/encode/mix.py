@@ -68,20 +68,26 @@ def _first_of_equals(store: DocumentStore) -> np.ndarray:
     return is_first
 
 
+def check_shares(specs: Sequence[SourceSpec]) -> None:
+    """Raise ValueError, naming the source, where shares contradict each other: before any work."""
+    weighted = any(spec.weight is not None for spec in specs)
+    for spec in specs:
+        if weighted and (spec.weight is None or spec.repeat is not None):
+            raise ValueError(f"source {spec.name}: with weights every source has a weight and none a repeat")
+        for name in ("weight", "repeat", "max_epochs", "limit_tokens"):
+            value = getattr(spec, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+                raise ValueError(f"source {spec.name}: {name} is {value!r}; it must be a number above 0")
+
+
 def wanted_tokens(specs: Sequence[SourceSpec], tokens: Sequence[int]) -> list[int]:
     """Tokens to take of each source.
 
     With weights the sum is as large as it can be while no source is read more often than its `max_epochs` (1 by
     default) and none beyond its `limit_tokens`. Without, a source is taken `repeat` times, up to `limit_tokens`.
     """
-    weighted = [spec for spec in specs if spec.weight is not None]
+    weighted = any(spec.weight is not None for spec in specs)
     for spec, have in zip(specs, tokens, strict=True):
-        if weighted and (spec.weight is None or spec.repeat is not None):
-            raise ValueError(f"source {spec.name}: with weights every source has a weight and none a repeat")
-        for name in ("weight", "repeat", "max_epochs", "limit_tokens"):
-            value = getattr(spec, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0):
-                raise ValueError(f"source {spec.name}: {name} is {value!r}; it must be a number above 0")
         if have == 0:
             raise ValueError(f"source {spec.name}: no document is left of it; check its files or take it out")
     caps = [_cap(spec, have) for spec, have in zip(specs, tokens, strict=True)]

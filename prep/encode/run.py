@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +17,8 @@ import xxhash
 
 from formats.shard import atomic_write, write_json
 from prep.encode.builtin import load_template
-from prep.encode.mix import select
+from prep.encode.files import is_remote
+from prep.encode.mix import check_shares, select
 from prep.encode.options import EncodeOptions
 from prep.encode.sources import InputFile, SourceSpec, Unit, as_sources, cut_units, find_inputs
 from prep.encode.store import (
@@ -81,24 +83,43 @@ def encode(
     Raises:
         ValueError: bad input or options, or a store of something else in the folder; one sentence that names it.
     """
+    if is_remote(str(store_dir)):
+        raise ValueError(
+            f"{store_dir}: a store is written to a local folder; give one and copy it, e.g. with aws s3 sync or rclone"
+        )
     store = Path(store_dir)
     folder = read_tokenizer(options.tokenizer)
     engine = _engine(folder, options)
     sources = as_sources(inputs)
+    check_shares(sources)
     files = find_inputs(sources)
     plan = _plan(folder, sources, files, options, engine)
     if (finished := read_store(store)) is not None:
         _refuse_difference(store, finished, plan)
         return DocumentStore.open(store)
     units = cut_units(files, sources, options.unit_bytes)
+    fresh = not (store / "plan.json").exists() and unit_range is None
     _claim(store, plan, resume or unit_range is not None)
     run = _runner(runner, ray_address, workers)
     job = Job(str(store), options, tuple(sources), engine)
     with _alone(store, shared=unit_range is not None):
         if unit_range is not None:
             units = units[unit_range[0] - 1 :: unit_range[1]]
-        results = run(functools.partial(encode_unit, job), units, _reporter(units, options, progress))
-        return _finish(job, results, plan) if unit_range is None else None
+        try:
+            results = run(functools.partial(encode_unit, job), units, _reporter(units, options, progress))
+            return _finish(job, results, plan) if unit_range is None else None
+        except TooManyErrorsError:
+            raise
+        except ValueError:
+            # Bad input: whoever mends it has another input, so nothing of this store could ever be used. What a full
+            # disk or a kill leaves can be finished, and stays.
+            if fresh:
+                shutil.rmtree(store, ignore_errors=True)
+            raise
+
+
+class TooManyErrorsError(ValueError):
+    """More bad records than allowed; the store keeps the list of them."""
 
 
 def _runner(name: str, ray_address: str | None, workers: int) -> Callable:
@@ -232,7 +253,7 @@ def _check_errors(results: Sequence[UnitResult], ledger: Ledger, options: Encode
     rejected = sum(result.rejected for result in results)
     records = ledger.total()["read"]["documents"]
     if rejected > options.error_limit(records):
-        raise ValueError(
+        raise TooManyErrorsError(
             f"{rejected} of {records} records are bad, more than --max-errors {options.max_errors} allows; "
             "see units/*.rejects.jsonl in the store"
         )
@@ -255,14 +276,15 @@ def _claim(store: Path, plan: dict, resume: bool) -> None:
         _refuse_difference(store, json.loads(file.read_text(encoding="utf-8")), plan)
         if not resume:
             raise ValueError(f"{store}: holds an unfinished store of the same input; go on with --resume or remove it")
-        return
-    if store.exists() and any(not entry.name.endswith(".tmp") for entry in store.iterdir()):
-        raise ValueError(f"{store}: already holds something that is no document store; give an empty folder")
-    (store / "units").mkdir(parents=True, exist_ok=True)
-    try:
-        write_json(file, plan)
-    except FileNotFoundError:  # another task of the same array was faster
-        _refuse_difference(store, json.loads(file.read_text(encoding="utf-8")), plan)
+    else:
+        if store.exists() and any(not entry.name.endswith(".tmp") for entry in store.iterdir()):
+            raise ValueError(f"{store}: already holds something that is no document store; give an empty folder")
+        store.mkdir(parents=True, exist_ok=True)
+        try:
+            write_json(file, plan)
+        except FileNotFoundError:  # another task of the same array was faster
+            _refuse_difference(store, json.loads(file.read_text(encoding="utf-8")), plan)
+    (store / "units").mkdir(exist_ok=True)  # after the plan: a kill in between leaves nothing that looks foreign
 
 
 def _refuse_difference(store: Path, theirs: dict, ours: dict) -> None:
@@ -307,7 +329,7 @@ def _reporter(units: Sequence[Unit], options: EncodeOptions, progress):
         done["dropped"] += sum(count["documents"] for count in result.ledger["total"]["dropped"].values())
         done["rejected"] += result.rejected
         if done["rejected"] > stop:
-            raise ValueError(
+            raise TooManyErrorsError(
                 f"{done['rejected']} records are bad, more than --max-errors {options.max_errors} allows; "
                 "see units/*.rejects.jsonl in the store"
             )

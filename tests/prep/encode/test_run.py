@@ -307,10 +307,7 @@ def test_bad_records_stop_with_file_and_line(tmp_path, byte_level):
         with pytest.raises(ValueError, match=reason) as caught:
             run(path, tmp_path / "store", byte_level, unit_bytes=300)
         assert f"bad.jsonl, {where}:" in str(caught.value)
-        assert not (tmp_path / "store" / "store.json").exists()
-        path.write_text(good)
-        for file in sorted((tmp_path / "store").rglob("*"), reverse=True):
-            file.unlink() if file.is_file() else file.rmdir()
+        assert not (tmp_path / "store").exists()
 
 
 def test_nasty_lines(tmp_path, byte_level):
@@ -603,3 +600,22 @@ def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tm
     store = run(path, tmp_path / "wrong", byte_level)
     assert documents(store) == documents(expected)
     assert store.ledger.total()["notes"]["direct_rendering_differed_units"] == 1
+
+
+def test_shares_that_cannot_be_are_refused_before_any_work(tmp_path, byte_level):
+    path = (str(write_jsonl(tmp_path / "a.jsonl", texts(3))),)
+    for specs, reason in (
+        ([SourceSpec("a", path, weight=1), SourceSpec("b", path)], "source b: with weights every source has a weight"),
+        ([SourceSpec("a", path, weight=1, repeat=2)], "none a repeat"),
+        ([SourceSpec("a", path, repeat=0)], "repeat is 0"),
+        ([SourceSpec("a", path), SourceSpec("a", path)], "two sources are called a"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run(specs, tmp_path / "s", byte_level)
+        assert not (tmp_path / "s").exists()
+
+
+def test_a_remote_store_is_refused(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", texts(3))
+    with pytest.raises(ValueError, match="local folder; give one and copy it"):
+        run(path, "s3://bucket/store", byte_level)
