@@ -13,6 +13,8 @@ COMMANDS = {
     "pack": "prep.pack_command:pack",
     "report": "prep.inspect.commands:report",
     "verify": "prep.inspect.commands:verify",
+    "lint": "prep.inspect.commands:lint",
+    "view": "prep.inspect.commands:view",
     "convert": "prep.convert.command:convert",
 }
 """Name → module:function, in the order in which help lists them."""

@@ -6,7 +6,9 @@ A document counts once: it is kept or dropped; each further use of it counts as 
 a document that is kept, so it takes no documents. Notes are facts outside the sums.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 LEDGER_NAME = "ledger.json"
 
@@ -107,6 +109,11 @@ class Ledger:
         ledger = cls()
         ledger._sources = {name: _copy(account) for name, account in value["sources"].items()}
         return ledger
+
+    @classmethod
+    def read_file(cls, path: Path) -> "Ledger":
+        """The ledger in a `ledger.json`."""
+        return cls.from_json(json.loads(path.read_bytes()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ledger) and self._sources == other._sources

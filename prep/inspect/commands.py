@@ -63,8 +63,8 @@ def verify(folder, deep, rebuild, as_json, quiet) -> None:
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True, type=FOLDER)
-@click.option("--tokenizer", type=FOLDER, help="Needed for raw input; for stores and shards it adds template checks.")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--tokenizer", help="Needed for raw input; for stores and shards it adds template checks.")
 @as_json
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def lint(inputs, tokenizer, as_json, quiet) -> None:

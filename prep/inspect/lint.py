@@ -161,7 +161,7 @@ def _look(ids, mask, starts, lengths, offsets, vocab_size, bos_id, eos_id, flags
         hashes[d] = digest
         if targets == 0:
             found |= NO_TARGETS
-        elif targets == n - 1:
+        elif targets - trained[0] == n - 1:
             found |= ALL_TARGETS
         if trained[0] != 0:
             found |= TARGET_AT_START

@@ -1,0 +1,85 @@
+"""What `prep lint` and `prep plan` are pointed at: raw files, a document store, or packed shards."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from formats.dataset import PackedDataset
+from formats.manifest import MANIFEST_NAME
+from prep.encode.options import EncodeOptions
+from prep.encode.run import encode
+from prep.encode.store import DocumentStore, read_store
+from prep.encode.templates import ChatTemplate
+from prep.encode.tokenizer import TokenizerFolder, read_tokenizer
+from prep.inspect.facts import packed_folders
+from prep.inspect.lint import finding, lint_packed, lint_store
+from prep.ledger import LEDGER_NAME, Ledger
+
+PROBE = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+]
+
+
+@contextmanager
+def open_store(inputs: Sequence[str], tokenizer: str | None) -> Iterator[DocumentStore]:
+    """The store that is named, or one encoded from raw files into a temporary folder for as long as it is looked at."""
+    if len(inputs) == 1 and Path(inputs[0]).is_dir() and read_store(Path(inputs[0])) is not None:
+        yield DocumentStore.open(inputs[0])
+        return
+    if tokenizer is None:
+        raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
+    with tempfile.TemporaryDirectory(prefix="prep-") as folder:
+        # Documents without a target are what lint looks for: they are kept here.
+        options = EncodeOptions(tokenizer=str(tokenizer), keep_untrained=True)
+        yield encode([str(i) for i in inputs], Path(folder) / "store", options)
+
+
+def is_packed(inputs: Sequence[str]) -> bool:
+    """Whether `inputs` is one packed folder (or its train and eval)."""
+    if len(inputs) != 1 or not Path(inputs[0]).is_dir():
+        return False
+    return any((part / MANIFEST_NAME).is_file() for part in packed_folders(Path(inputs[0])))
+
+
+def lint_inputs(inputs: Sequence[str], tokenizer: str | None) -> dict[str, dict]:
+    """Findings (see `prep.inspect.lint.lint`) by name of what was looked at."""
+    results = {}
+    if is_packed(inputs):
+        for part in packed_folders(Path(inputs[0])):
+            ledger = Ledger.read_file(part / LEDGER_NAME).to_json()
+            results[str(part)] = lint_packed(PackedDataset(part), ledger)
+    else:
+        with open_store(inputs, tokenizer) as store:
+            results[" ".join(map(str, inputs))] = lint_store(store)
+    if tokenizer is not None:
+        for found in lint_template(read_tokenizer(tokenizer)):
+            for result in results.values():
+                result["findings"].append(found)
+                result["warnings"] += found["level"] == "warning"
+    return results
+
+
+def lint_template(folder: TokenizerFolder) -> list[dict]:
+    """Whether the chat template renders the beginning of a chat as the beginning of its rendering.
+
+    A template that rewrites earlier turns (such as one that takes the reasoning out of all but the last) trains turns
+    that the model never sees so when it is used.
+    """
+    if folder.chat_template is None:
+        return []
+    template = ChatTemplate(folder.chat_template, folder.special_tokens, "2024-01-01")
+    try:
+        whole = template.render(PROBE)
+        stable = whole.startswith(template.render(PROBE[:2])) and whole.startswith(
+            template.render(PROBE[:3], add_generation_prompt=True)
+        )
+    except ValueError as error:
+        return [finding("template-refuses", "warning", 1, 1.0, f"a plain chat of two rounds is refused: {error}", [])]
+    if stable:
+        return []
+    text = "the chat template does not render the beginning of a chat as the beginning of the whole"
+    return [finding("template-prefix-unstable", "warning", 1, 1.0, text, [])]
