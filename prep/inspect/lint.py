@@ -92,32 +92,37 @@ def _findings(flags: np.ndarray, hashes: np.ndarray, places, facts: Facts) -> li
     def has(bit: int) -> np.ndarray:
         return (flags & bit) != 0
 
-    add("id-out-of-range", "error", has(BAD_ID), f"ids outside the vocabulary of {facts.vocab_size}")
-    add("target-at-start", "error", has(TARGET_AT_START), "the first token is a target, though nothing can predict it")
+    add("id-out-of-range", "error", has(BAD_ID), f"have ids outside the vocabulary of {facts.vocab_size}")
+    add("target-at-start", "error", has(TARGET_AT_START), "train their first token, though nothing can predict it")
     untrained = has(NO_TARGETS)
     level = "error" if untrained.all() else "warning"
-    add("no-targets", level, untrained, "not a single token is trained: they cost time and teach nothing")
+    add("no-targets", level, untrained, "train not a single token: they cost time and teach nothing")
     if facts.eos_id >= 0:
         never = has(END_NOT_TRAINED)
         whole = never.any() and not (has(HAS_END) & ~never & ~untrained).any()
-        text = "the end of turn is never trained: the model will not learn to stop"
+        text = "never train the end of turn: the model will not learn to stop"
         add("end-of-turn-untrained", "error" if whole else "warning", never, text)
         silent = ~has(HAS_END) & ~untrained
-        add("no-end-token", "warning" if silent.all() else "note", silent, f"no end-of-sequence token {facts.eos_id}")
+        add(
+            "no-end-token",
+            "warning" if silent.all() else "note",
+            silent,
+            f"have no end-of-sequence token (id {facts.eos_id})",
+        )
     if facts.bos_id >= 0:
-        add("bos-doubled", "error", has(TWO_BOS), f"begin with two begin-of-sequence tokens {facts.bos_id}")
+        add("bos-doubled", "error", has(TWO_BOS), f"begin with two begin-of-sequence tokens (id {facts.bos_id})")
         missing = has(NO_BOS)
         mixed = bool((~missing).any())
-        text = f"do not begin with the begin-of-sequence token {facts.bos_id}" + (", others do" if mixed else "")
+        text = f"do not begin with the begin-of-sequence token (id {facts.bos_id})" + (", others do" if mixed else "")
         add("bos-missing", "warning" if mixed else "note", missing, text)
-    add("all-trained", "note", has(ALL_TARGETS), "every token but the first is trained: right for texts, not chats")
-    add("repetitive", "warning", has(REPEATS), f"more than {REPEATED_SHARE:.0%} of the tokens repeat the ones before")
+    add("all-trained", "note", has(ALL_TARGETS), "train every token but the first: right for texts, not for chats")
+    add("repetitive", "warning", has(REPEATS), f"repeat themselves in over {REPEATED_SHARE:.0%} of their tokens")
     _, first, which, counts = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
     again = counts[which] > 1
     again[first] = False
-    add("duplicates", "warning", again, "exact copies of an earlier document")
+    add("duplicates", "warning", again, "are exact copies of an earlier document")
     if facts.pad_id >= 0 and facts.pad_id == facts.eos_id:
-        text = "pad and end-of-sequence are one id: harmless here; tools that mask by the pad id untrain every end"
+        text = "pad with the end-of-sequence token: harmless here; tools that mask by the pad id untrain every end"
         findings.append(finding("pad-is-eos", "note", total, 1.0, text, []))
     account = facts.ledger["total"]
     cut = sum(count["tokens"] for count in account["truncated"].values())

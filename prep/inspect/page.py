@@ -1,2 +1,92 @@
-def render(report):
-    return "<html></html>"
+"""report.html: one self-contained page of a packed folder's report, a pure function of it.
+
+No script and nothing from the network. Everything that came from data is escaped by the template.
+"""
+
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from prep.inspect import charts
+
+BOOKS = ("dropped", "truncated")
+OTHER_SPLIT = ("to_eval", "to_train")
+REASONS = {
+    "to_eval": "held out for evaluation",
+    "to_train": "left to training",
+    "overlong": "longer than the capacity",
+    "last_pack": "in the pack that --drop-last left out",
+    "no_targets": "without a target token",
+    "duplicate": "copies of others",
+    "empty": "empty",
+}
+
+
+def render(report: dict) -> str:
+    """The page of one report (`prep.inspect.report.make_report`)."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"n": "{:,}".format, "pct": _percent, "r3": "{:.3f}".format}
+    template = environment.from_string(files("prep.inspect").joinpath("page.html").read_text(encoding="utf-8"))
+    histograms, balance = report["histograms"], report["balance"]
+    pictures = {
+        "flow": charts.flow_chart(flow(report)),
+        "lengths": charts.length_chart(histograms, report["capacity"]),
+        "fill": charts.fill_chart(histograms),
+        "documents": charts.documents_chart(histograms),
+        "samples": charts.samples_chart(report["samples"], report["capacity"], report["align"]),
+    }
+    if balance["widths"]:
+        pictures |= {"cost": charts.cost_chart(balance), "stragglers": charts.straggler_chart(balance)}
+    return template.render(
+        r=report,
+        over=report["packs"] - report["lower_bound_packs"],
+        ledger=ledger_rows(report["ledger"]["total"]),
+        ledgers={name: ledger_rows(account) for name, account in sorted(report["ledger"]["sources"].items())},
+        lengths=_length_rows(histograms["length"]),
+        best=max(report["whatif"]["rows"], key=lambda row: row["fill"]),
+        pictures={name: Markup(svg) for name, svg in pictures.items()},
+    )
+
+
+def flow(report: dict) -> list[tuple[str, list[tuple[str, int, str]]]]:
+    """The rows of the flow: what was read, what became of it, what the packs hold, what of that is trained."""
+    account = report["ledger"]["total"]
+    reasons = [(reason, count["tokens"]) for book in BOOKS for reason, count in sorted(account[book].items())]
+    lost = [(REASONS.get(r, r), tokens, "d" if r in OTHER_SPLIT else "c") for r, tokens in reasons if tokens]
+    kept = account["kept"]["tokens"]
+    targets, tokens = report["target_tokens"], report["tokens"]
+    return [
+        ("read", [("read", account["read"]["tokens"], "a")]),
+        ("kept", [("kept", kept, "a"), *lost]),
+        (
+            "packed",
+            [
+                ("tokens", tokens, "a"),
+                ("slot padding", report["slot_padding"], "c"),
+                ("tail padding", report["tail_padding"], "d"),
+            ],
+        ),
+        ("trained", [("targets", targets, "b"), ("context only", tokens - targets, "a")]),
+    ]
+
+
+def ledger_rows(account: dict) -> list[tuple[str, int, int]]:
+    """(what, documents, tokens) from read to kept."""
+    rows = [("read", account["read"])]
+    for book in BOOKS:
+        for reason, count in sorted(account[book].items()):
+            label = REASONS.get(reason, reason)
+            rows.append((label if reason in OTHER_SPLIT else f"{book}: {label}", count))
+    rows.append(("kept", account["kept"]))
+    return [(what, count["documents"], count["tokens"]) for what, count in rows]
+
+
+def _length_rows(histogram: dict) -> list[tuple[int, int, int]]:
+    edges = histogram["edges"]
+    rows = zip(edges[:-1], edges[1:], histogram["documents"], strict=True)
+    return [(low, high - 1, count) for low, high, count in rows if count]
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2%}"

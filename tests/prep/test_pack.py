@@ -59,7 +59,8 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def packed(source, out, tokenizer, *arguments):
+def packed(source, out, tokenizer, *arguments, page=False):
+    arguments = [*arguments, *([] if page else ["--no-page"])]
     result = run(
         "pack", source, "--out", out, "--tokenizer", tokenizer, "--seq-len", 256, "--workers", 1, "--quiet", *arguments
     )
@@ -132,7 +133,7 @@ def test_the_same_documents_in_every_format_and_alignment(source, tokenizer, tmp
         "d": ["--cp", 8, "--algo", "greedy", "--order", "input"],
         "e": ["--algo", "bfd", "--seed", 3, "--max-docs", 4],
     }.items():
-        result = run("pack", store, "--out", tmp_path / name, "--seq-len", 256, "--quiet", *arguments)
+        result = run("pack", store, "--out", tmp_path / name, "--seq-len", 256, "--quiet", "--no-page", *arguments)
         assert result.exit_code == 0, result.output
         assert documents_of(tmp_path / name) == reference
         assert not (tmp_path / f"{name}.store").exists()
@@ -174,11 +175,12 @@ def test_held_out_documents_stay_held_out_when_data_grows(tokenizer, tmp_path):
 
 
 def test_bytes_do_not_depend_on_workers_or_place(source, tokenizer, tmp_path):
-    one = packed(source, tmp_path / "one", tokenizer, "--eval-fraction", 0.1, "--shard-size", "8K")
+    one = packed(source, tmp_path / "one", tokenizer, "--eval-fraction", 0.1, "--shard-size", "8K", page=True)
     shutil.copy(source, tmp_path / "chats.jsonl")
     two = packed(
         *(tmp_path / "chats.jsonl", tmp_path / "deep" / "er" / "two", tokenizer),
         *("--eval-fraction", 0.1, "--shard-size", "8K", "--workers", 3),
+        page=True,
     )
     assert len(list((one / "train" / "shards").iterdir())) > 3
     assert tree(one) == tree(two)
@@ -189,6 +191,7 @@ def test_the_report_adds_up(source, tokenizer, tmp_path):
     result = run("report", folder, "--json")
     assert result.exit_code == 0
     facts = json.loads(result.output)
+    assert (folder / "report.html").is_file()
     assert facts == json.loads((folder / "report.json").read_text())
     documents = documents_of(folder)
     dataset = PackedDataset(folder)
@@ -216,7 +219,19 @@ def test_the_report_adds_up(source, tokenizer, tmp_path):
 def command(source, out, tokenizer, *arguments):
     return [
         *(sys.executable, "-m", "prep.cli", "pack", str(source), "--out", str(out), "--tokenizer", str(tokenizer)),
-        *("--seq-len", "256", "--eval-fraction", "0.1", "--shard-size", "4K", "--workers", "2", "--quiet", *arguments),
+        *(
+            "--seq-len",
+            "256",
+            "--eval-fraction",
+            "0.1",
+            "--shard-size",
+            "4K",
+            "--workers",
+            "2",
+            "--quiet",
+            "--no-page",
+            *arguments,
+        ),
     ]
 
 
@@ -263,6 +278,7 @@ def test_an_unfinished_run_goes_on_only_with_resume_and_equal_options(source, to
     out = unfinished(source, tokenizer, tmp_path / "out")
     before = tree(out)
     arguments = ["pack", source, "--out", out, "--tokenizer", tokenizer, "--seq-len", 256, "--shard-size", "8K"]
+    arguments.append("--no-page")
     result = run(*arguments)
     assert result.exit_code == 1
     assert "unfinished run; go on with --resume" in result.output
@@ -401,7 +417,7 @@ def test_report_of_what_is_no_packed_folder(tmp_path):
 
 def test_help_is_instant_because_it_imports_nothing_heavy():
     code = "import sys; from prep.cli import main\ntry:\n main(['pack', '--help'])\nexcept SystemExit: pass\n"
-    heavy = "numpy pyarrow numba torch tokenizers jinja2 rich"
+    heavy = "numpy pyarrow numba torch tokenizers jinja2 rich matplotlib"
     code += f"bad = [m for m in '{heavy}'.split() if m in sys.modules]; sys.exit(' '.join(bad) or 0)"
     root = Path(__file__).parent.parent.parent
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
