@@ -15,6 +15,7 @@ COMMANDS = {
     "verify": "prep.inspect.commands:verify",
     "lint": "prep.inspect.commands:lint",
     "view": "prep.inspect.commands:view",
+    "plan": "prep.inspect.plan_command:plan",
     "convert": "prep.convert.command:convert",
 }
 """Name → module:function, in the order in which help lists them."""

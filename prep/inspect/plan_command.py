@@ -1,0 +1,50 @@
+"""`prep plan`."""
+
+import click
+
+from prep.options import FOLDER, Listed, as_json, echo_json
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--seq-len", "seq_lens", type=Listed(int), required=True, help="Capacities, e.g. 2048,4096,8192.")
+@click.option("--algo", "algos", type=Listed(str), default="greedy,ffd,bfd,best", show_default=True)
+@click.option("--cp", "cps", type=Listed(int), default="1,2,4,8", show_default=True, help="Context-parallel sizes.")
+@click.option("--tokenizer", help="Folder with tokenizer.json and the chat template; for raw input.")
+@click.option("--sample-mb", default=8, show_default=True, help="Raw input that is read at most, in MB.")
+@click.option("--model", type=FOLDER, help="Folder with the model's config.json: adds memory, compute and straggler.")
+@click.option("--gpus", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-tokens", default=1 << 20, show_default=True, help="Tokens of an optimizer step.")
+@click.option("--peak-tflops", default=989.0, show_default=True, help="Of one GPU, in bf16 (H100).")
+@click.option("--mfu", default=0.4, show_default=True, help="Share of the peak that is reached.")
+@as_json
+def plan(
+    inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, gpus, batch_tokens, peak_tflops, mfu, as_json
+) -> None:
+    """What packing INPUTS (raw files, a document store or packed shards) would give, without writing anything.
+
+    Raw input is sampled, and the error of the sample stated. Documents over the capacity are cut. The last table is the
+    training run on the best row of every capacity.
+
+    \b
+    prep plan chats.jsonl --tokenizer model/ --seq-len 2048,4096,8192
+    prep plan packed.store --seq-len 8192 --algo bfd,best --cp 1,8 --model model/ --gpus 64 --batch-tokens 4194304
+    """
+    import json
+
+    from prep.inspect.forecast import Setup
+    from prep.inspect.run_plan import make_report, print_report
+
+    config = None
+    if model is not None:
+        path = model / "config.json"
+        if not path.is_file():
+            raise click.ClickException(f"{path}: no such file; --model names a folder with the model's config.json")
+        config = json.loads(path.read_bytes())
+    value = make_report(inputs, tokenizer, sample_mb << 20, algos, seq_lens, cps, Setup(config=config, **setup))
+    if as_json:
+        echo_json(value)
+    else:
+        from rich.console import Console
+
+        print_report(Console(), value)

@@ -1,0 +1,117 @@
+"""The report of `prep plan`: the what-if table and the forecast of training on its best rows."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from formats.layout import slot_alignment
+from prep.inspect.forecast import Setup, forecast, warnings
+from prep.inspect.sample import read_lengths
+from prep.inspect.whatif import table
+from prep.plan import PackOptions
+
+
+def make_report(
+    inputs: Sequence[str],
+    tokenizer: str | None,
+    sample_bytes: int,
+    algos: Sequence[str],
+    seq_lens: Sequence[int],
+    cps: Sequence[int],
+    setup: Setup,
+) -> dict:
+    """JSON-compatible: {"lengths", "rows", "training"}. ValueError for impossible options, before anything is read."""
+    for algo in algos:
+        PackOptions(max(seq_lens), algo).check()
+    for cp in cps:
+        PackOptions(slot_alignment(cp), cp=cp).check()
+    if not any(n % slot_alignment(cp) == 0 for n in seq_lens for cp in cps):
+        raise ValueError(f"no --seq-len of {seq_lens} is a multiple of 2·cp for any --cp of {cps}")
+    read = read_lengths(inputs, tokenizer, sample_bytes)
+    rows = table(read.lengths, algos, seq_lens, cps, _cost(setup))
+    best = [max((r for r in rows if r.seq_len == n), key=lambda r: r.fill, default=None) for n in seq_lens]
+    training = []
+    for row in (r for r in best if r is not None):
+        value = forecast(row, read.lengths, read.scale, setup)
+        training.append({**row._asdict(), **value, "warnings": warnings(row, value)})
+    tokens = int(read.lengths.sum(dtype="int64"))
+    lengths = {
+        "origin": read.origin,
+        "documents": round(len(read.lengths) * read.scale),
+        "tokens": round(tokens * read.scale),
+        "relative_error_95": read.error,
+        "scale": read.scale,
+        "longest": int(read.lengths.max()),
+    }
+    scaled = [{**r._asdict(), "packs": round(r.packs * read.scale)} for r in rows]
+    for row in scaled:
+        row["lower_bound"] = round(row["lower_bound"] * read.scale)
+    return {"lengths": lengths, "rows": scaled, "training": training}
+
+
+def _cost(setup: Setup):
+    from formats.cost import Model
+
+    return Model.from_config(setup.config).pack_cost() if setup.config else None
+
+
+def print_report(console: Console, value: dict) -> None:
+    """Print it."""
+    read = value["lengths"]
+    error = f" ± {read['relative_error_95']:.1%}" if read["relative_error_95"] else ""
+    console.print(
+        f"[bold]{read['documents']:,}[/bold] documents, [bold]{read['tokens']:,}[/bold] tokens{error}, longest "
+        f"{read['longest']:,} (from {read['origin']})",
+        highlight=False,
+    )
+    what = Table(title="what packing would give", title_justify="left")
+    for column in (
+        "algorithm",
+        "capacity",
+        "cp",
+        "packs",
+        "at least",
+        "fill",
+        "slot pad",
+        "tail pad",
+        "cut",
+        "straggler",
+    ):
+        what.add_column(column, justify="left" if column == "algorithm" else "right")
+    for r in value["rows"]:
+        shares = (f"{r[name]:.2%}" for name in ("fill", "slot_padding", "tail_padding"))
+        counts = (f"{r['packs']:,}", f"{r['lower_bound']:,}")
+        what.add_row(
+            r["algo"], f"{r['seq_len']:,}", str(r["cp"]), *counts, *shares, f"{r['cut']:,}", f"{r['straggler']:.3f}"
+        )
+    console.print(what)
+    run = Table(title="training on the best row of each capacity", title_justify="left")
+    run.add_column("")
+    for t in value["training"]:
+        run.add_column(f"{t['seq_len']:,}", justify="right")
+    for label, show in _RUN_ROWS:
+        cells = [show(t) for t in value["training"]]
+        if any(cells):
+            run.add_row(label, *cells)
+    console.print(run)
+    for t in value["training"]:
+        for warning in t["warnings"]:
+            console.print(f"[yellow]warning[/yellow] {t['seq_len']:,}: {warning}", highlight=False)
+
+
+_RUN_ROWS = (
+    ("algorithm, cp", lambda t: f"{t['algo']}, {t['cp']}"),
+    ("data-parallel ranks", lambda t: f"{t['data_parallel']:,}"),
+    ("--batch-packs", lambda t: f"{t['batch_packs']:,}"),
+    ("steps an epoch", lambda t: f"{t['steps_per_epoch']:,}"),
+    ("tokens a step", lambda t: f"{t['tokens_per_step']:,}"),
+    ("padding", lambda t: f"{t['padding_share']:.2%}"),
+    ("slowest rank over mean", lambda t: f"{t['straggler']:.3f}" if "straggler" in t else ""),
+    ("parameters", lambda t: f"{t['parameters'] / 1e9:.3f} B" if "parameters" in t else ""),
+    ("memory a GPU (estimate)", lambda t: f"{t['memory_gib']['total']:.1f} GiB" if "memory_gib" in t else ""),
+    ("PFLOPs an epoch", lambda t: f"{t['petaflops_per_epoch']:,.1f}" if "petaflops_per_epoch" in t else ""),
+    ("GPU hours an epoch", lambda t: f"{t['gpu_hours_per_epoch']:,.2f}" if "gpu_hours_per_epoch" in t else ""),
+    ("shards on disk", lambda t: f"{t['shard_bytes'] / 1e9:,.3f} GB"),
+    ("document store on disk", lambda t: f"{t['store_bytes'] / 1e9:,.3f} GB"),
+)

@@ -1,0 +1,104 @@
+"""`prep plan` says what `prep pack` then does, writes nothing, and states the error of a sample."""
+
+import json
+import random
+
+import pytest
+from click.testing import CliRunner
+
+from byte_tokenizer import write_byte_tokenizer
+from formats.dataset import PackedDataset
+from prep.cli import main
+from prep.inspect import sample
+from prep.inspect.forecast import memory, parameters
+
+CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "tie_word_embeddings": True,
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("plan")
+    write_byte_tokenizer(root)
+    draw = random.Random(0)
+    lines = [json.dumps({"text": "x" * min(400, int(draw.lognormvariate(4, 1)) + 1)}) + "\n" for _ in range(4000)]
+    (root / "in.jsonl").write_text("".join(lines))
+    (root / "config.json").write_text(json.dumps(CONFIG))
+    arguments = ["--tokenizer", root, "--seq-len", 512, "--cp", 2, "--workers", 1, "--quiet", "--no-page"]
+    assert run("pack", root / "in.jsonl", "--out", root / "out", *arguments).exit_code == 0
+    return root
+
+
+def test_the_plan_is_what_packing_gives(root):
+    before = sorted(p for p in root.rglob("*"))
+    packs = len(PackedDataset(root / "out"))
+    for subject, extra in ((root / "in.jsonl", ["--tokenizer", root]), (root / "out.store", []), (root / "out", [])):
+        arguments = ["--seq-len", "256,512", "--algo", "greedy,bfd", "--cp", "1,2", "--json", *extra]
+        result = run("plan", subject, *arguments)
+        assert result.exit_code == 0, result.output
+        value = json.loads(result.output)
+        rows = {(r["algo"], r["seq_len"], r["cp"]): r for r in value["rows"]}
+        assert len(rows) == 8
+        assert rows["bfd", 512, 2]["packs"] == packs
+        assert rows["bfd", 512, 1]["fill"] > rows["greedy", 512, 1]["fill"]
+        assert rows["bfd", 256, 1]["cut"] > 0
+        assert value["lengths"]["relative_error_95"] == 0
+        assert value["lengths"]["documents"] == 4000
+    assert sorted(p for p in root.rglob("*")) == before
+
+
+def test_a_sample_states_its_error(root, monkeypatch):
+    monkeypatch.setattr(sample, "UNIT_BYTES", 4096)
+    truth = sample.read_lengths([str(root / "out.store")], None)
+    guess = sample.read_lengths([str(root / "in.jsonl")], str(root), 60_000)
+    assert guess.scale > 3
+    assert 0 < guess.error < 0.3
+    tokens = guess.lengths.sum() * guess.scale
+    assert abs(tokens / truth.lengths.sum() - 1) < 2 * guess.error
+
+
+def test_training(root):
+    arguments = ["--seq-len", "256,512", "--algo", "bfd", "--cp", "1", "--model", root, "--gpus", 4]
+    value = json.loads(run("plan", root / "out", *arguments, "--batch-tokens", 16384, "--json").output)
+    for t in value["training"]:
+        assert t["batch_packs"] * t["seq_len"] == 16384
+        assert t["steps_per_epoch"] == -(-t["packs"] // t["batch_packs"])
+        assert t["memory_gib"]["total"] > 0
+        assert any("optimizer steps an epoch" in w for w in t["warnings"])
+    shown = run("plan", root / "out", *arguments).output
+    assert "steps an epoch" in shown
+    assert "warning" in shown
+
+
+def test_parameters_are_those_of_the_model(tiny_llama_dir):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((tiny_llama_dir / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    assert parameters(config) == sum(p.numel() for p in model.parameters())
+    assert memory(config, 512, 2)["states"] == 8 * parameters(config)
+
+
+def test_misuse(root):
+    for arguments, message in (
+        ([root / "in.jsonl", "--seq-len", 512], "needs --tokenizer"),
+        ([root / "out", "--seq-len", 511, "--cp", 2], "is a multiple of 2·cp"),
+        ([root / "out", "--seq-len", 512, "--algo", "x"], "--algo x is none of"),
+        ([root / "out", "--seq-len", 512, "--model", root / "none"], "no such file"),
+        ([root / "none.jsonl", "--seq-len", 512, "--tokenizer", root], "none.jsonl"),
+    ):
+        result = run("plan", *arguments)
+        assert result.exit_code == 1, result.output
+        assert message in result.output
