@@ -18,9 +18,7 @@ from prep.options import FOLDER, Listed, as_json, echo_json
 @click.option("--peak-tflops", default=989.0, show_default=True, help="Of one GPU, in bf16 (H100).")
 @click.option("--mfu", default=0.4, show_default=True, help="Share of the peak that is reached.")
 @as_json
-def plan(
-    inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, gpus, batch_tokens, peak_tflops, mfu, as_json
-) -> None:
+def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, as_json, **setup) -> None:
     """What packing INPUTS (raw files, a document store or packed shards) would give, without writing anything.
 
     Raw input is sampled, and the error of the sample stated. Documents over the capacity are cut. The last table is the

@@ -66,18 +66,8 @@ def print_report(console: Console, value: dict) -> None:
         highlight=False,
     )
     what = Table(title="what packing would give", title_justify="left")
-    for column in (
-        "algorithm",
-        "capacity",
-        "cp",
-        "packs",
-        "at least",
-        "fill",
-        "slot pad",
-        "tail pad",
-        "cut",
-        "straggler",
-    ):
+    numbers = ("capacity", "cp", "packs", "at least", "fill", "slot pad", "tail pad", "cut", "straggler")
+    for column in ("algorithm", *numbers):
         what.add_column(column, justify="left" if column == "algorithm" else "right")
     for r in value["rows"]:
         shares = (f"{r[name]:.2%}" for name in ("fill", "slot_padding", "tail_padding"))
