@@ -9,6 +9,8 @@ from formats.layout import align_up, check_thd, thd_to_seqid
 from formats.shard import write_json
 from prep.encode.store import STORE_VERSION, DocumentStore, UnitWriter, source_ranges, store_content
 from prep.ledger import Ledger
+from prep.materialize import Layout, materialize
+from prep.plan import PackOptions, make_plan
 from prep.rows import buffers, gather, sequence_rows
 
 PAD = 7
@@ -94,3 +96,22 @@ def test_a_piece_beyond_its_document_is_counted_and_not_read(store):
     n = int(store.lengths[4])
     *_, checks = lay_out(store, [[(4, 0, n)], [(4, 1, n)]], 1)
     assert checks[3] == 1
+
+
+@pytest.mark.parametrize("damage", ["id", "mask"])
+def test_a_damaged_store_is_refused_and_leaves_no_shard(tmp_path, damage):
+    made = make_store(tmp_path / "store", np.full(40, 20))
+    unit = tmp_path / "store" / "units" / "00001.arrow"
+    data = bytearray(unit.read_bytes())
+    ids, mask, _ = made.batches[2]
+    wanted, bad = (ids[:8], np.int32(10**6)) if damage == "id" else (mask[:16], np.uint8(3))
+    at = data.find(wanted.tobytes())
+    data[at + 4 : at + 4 + bad.nbytes] = bad.tobytes()
+    del made, ids, mask, wanted
+    unit.write_bytes(data)
+    opened = DocumentStore.open(tmp_path / "store")
+    plan = make_plan(opened.lengths, np.arange(40), PackOptions(64))
+    layout = Layout("thd", 64, 1, PAD, opened.info.largest_id)
+    with pytest.raises(ValueError, match="the store is damaged"):
+        materialize(plan, opened.path, tmp_path / "out", layout, essentials={}, shard_packs=100, workers=1)
+    assert list((tmp_path / "out" / "shards").iterdir()) == []
