@@ -124,6 +124,14 @@ def json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def read_json(path: Path) -> object:
+    """What a JSON file holds. ValueError names the file when it is no JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); restore it from a copy or make it again") from None
+
+
 def write_json(path: Path, value: object) -> FileEntry:
     """Write deterministic JSON (see `json_bytes`) atomically."""
     with atomic_write(path) as file:

@@ -6,9 +6,10 @@ A document counts once: it is kept or dropped; each further use of it counts as 
 a document that is kept, so it takes no documents. Notes are facts outside the sums.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+
+from formats.shard import read_json
 
 LEDGER_NAME = "ledger.json"
 
@@ -113,7 +114,7 @@ class Ledger:
     @classmethod
     def read_file(cls, path: Path) -> "Ledger":
         """The ledger in a `ledger.json`."""
-        return cls.from_json(json.loads(path.read_bytes()))
+        return cls.from_json(read_json(path))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ledger) and self._sources == other._sources

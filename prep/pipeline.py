@@ -69,6 +69,8 @@ def pack_inputs(
     """
     progress = progress or Progress(quiet=True)
     options.check()
+    if not 0 <= output.eval_fraction < 1:
+        raise ValueError(f"--eval-fraction {output.eval_fraction} is not in the range 0 to 1 (1 left out)")
     check_output(out, resume)
     store = open_store(inputs, out, encoding, workers=workers, resume=resume, progress=progress)
     parts = choose_parts(store, output.eval_fraction, output.eval_sources)
@@ -78,9 +80,11 @@ def pack_inputs(
         # Held-out packs are read from first to last, never permuted, and none is left out.
         chosen = replace(options, order="input", drop_last=False) if name == "eval" else options
         plans.append((name, rows, chosen, make_plan(store.lengths[rows], rows, chosen)))
+        if plans[-1][3].certificate:
+            progress.say(f"{name} packs: {plans[-1][3].certificate}")
         if plans[-1][3].num_packs == 0:
             raise ValueError(
-                f"no document is left for {name} after --overlong {options.overlong}; "
+                f"no document is left{'' if name == 'all' else f' for {name}'} after --overlong {options.overlong}; "
                 "take a larger --seq-len, or --overlong truncate or split"
             )
     return [

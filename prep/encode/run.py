@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from formats.shard import atomic_write, write_json
+from formats.shard import atomic_write, read_json, write_json
 from prep.encode.builtin import load_template
 from prep.encode.files import is_remote
 from prep.encode.mix import check_shares, select
@@ -273,7 +273,7 @@ def _claim(store: Path, plan: dict, resume: bool) -> None:
     """Take the folder for this plan: an empty one, or an unfinished store of the same plan."""
     file = store / "plan.json"
     if file.is_file():
-        _refuse_difference(store, json.loads(file.read_text(encoding="utf-8")), plan)
+        _refuse_difference(store, read_json(file), plan)
         if not resume:
             raise ValueError(f"{store}: holds an unfinished store of the same input; go on with --resume or remove it")
     else:
@@ -283,7 +283,7 @@ def _claim(store: Path, plan: dict, resume: bool) -> None:
         try:
             write_json(file, plan)
         except FileNotFoundError:  # another task of the same array was faster
-            _refuse_difference(store, json.loads(file.read_text(encoding="utf-8")), plan)
+            _refuse_difference(store, read_json(file), plan)
     (store / "units").mkdir(exist_ok=True)  # after the plan: a kill in between leaves nothing that looks foreign
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from formats.shard import atomic_write, file_digest, write_json
+from formats.shard import atomic_write, file_digest, read_json, write_json
 from prep.ledger import Ledger
 
 STORE_VERSION = 1
@@ -268,7 +268,7 @@ def read_store(path: Path) -> dict | None:
     file = path / "store.json"
     if not file.is_file():
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     if content.get("store_version") != STORE_VERSION:
         raise ValueError(
             f"{path}: store version {content.get('store_version')}, this program reads {STORE_VERSION}; encode again"

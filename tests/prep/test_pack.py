@@ -332,7 +332,8 @@ def test_misuse(tokenizer, tmp_path):
     assert "multiple of 2·cp = 4" in fail("--seq-len", 62, "--cp", 2, records=[GOOD])
     assert "--overlong drop|truncate|split" in fail(records=[{"text": "x" * 100}, GOOD])
     assert "no document" in fail(text="")
-    assert "no document is left" in fail("--overlong", "drop", records=[{"text": "x" * 100}])
+    assert "no document is left after --overlong drop" in fail("--overlong", "drop", records=[{"text": "x" * 100}])
+    assert "--eval-fraction nan is not in the range" in fail("--eval-fraction", "nan", records=[GOOD])
     assert "leaves no document for eval" in fail("--eval-fraction", 0.0001, records=[GOOD])
     assert "--algo nonsense is none of" in fail("--algo", "nonsense", records=[GOOD])
     (tmp_path / "taken").mkdir()
@@ -415,6 +416,18 @@ def test_report_of_what_is_no_packed_folder(tmp_path):
         assert message in result.output
 
 
+@pytest.mark.parametrize(("command", "name"), [("report", "ledger.json"), ("pack", "store.json")])
+def test_a_file_that_is_no_json_is_named(command, name, source, tokenizer, tmp_path):
+    packed(source, tmp_path / "out", tokenizer)
+    (file,) = tmp_path.glob(f"out*/{name}")
+    file.write_bytes(b"{" * file.stat().st_size)
+    more = ["--out", tmp_path / "again", "--seq-len", 256] if command == "pack" else []
+    result = run(command, file.parent, *more)
+    assert result.exit_code == 1
+    assert f"{file}: not readable as JSON" in result.output
+    assert not (tmp_path / "again").exists()
+
+
 def test_help_is_instant_because_it_imports_nothing_heavy():
     code = "import sys; from prep.cli import main\ntry:\n main(['pack', '--help'])\nexcept SystemExit: pass\n"
     heavy = "numpy pyarrow numba torch tokenizers jinja2 rich matplotlib"
@@ -428,3 +441,10 @@ def test_help_is_instant_because_it_imports_nothing_heavy():
 def test_prep_never_imports_torch():
     code = "import sys, prep.cli, prep.pipeline, prep.inspect.terminal; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent).returncode == 0
+
+
+def test_optimal_prints_its_bound_and_gap(source, tokenizer, tmp_path):
+    packed(source, tmp_path / "a", tokenizer)
+    result = run("pack", tmp_path / "a.store", "--out", tmp_path / "b", "--seq-len", 256, "--algo", "optimal")
+    assert result.exit_code == 0, result.output
+    assert "proven optimal" in result.output or "no packing has fewer than" in result.output
