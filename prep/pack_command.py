@@ -14,7 +14,12 @@ from prep.options import FOLDER, Size, as_json, echo_json
 @click.option("--out", required=True, type=FOLDER, help="Folder for the shards; must be empty.")
 @click.option("--tokenizer", help="Folder with tokenizer.json and the chat template; for raw input.")
 @click.option("--seq-len", required=True, type=int, help="Capacity of a pack in tokens.")
-@click.option("--algo", default="bfd", show_default=True, help="Packing algorithm: greedy, ffd, bfd, best, optimal …")
+@click.option(
+    "--algo",
+    default="bfd",
+    show_default=True,
+    help="greedy, ordered, ffd, bfd, level, best, optimal or split (one stream cut at every capacity).",
+)
 @click.option("--cp", default=1, show_default=True, help="Align documents for this many context-parallel ranks.")
 @click.option(
     "--format", "kind", default="thd", show_default=True, type=click.Choice(["thd", "seqid"]), help="Layout of a row."

@@ -9,6 +9,7 @@ from formats.order import permutation
 from formats.schema import ALIGNMENTS, MAX_CAPACITY, ORDERS
 from prep.packing import ALGORITHMS, cut, cut_stream, pack
 from prep.packing.balance import cost_order
+from prep.packing.rounding import Certificate
 
 STREAM = "split"
 """The algorithm that is none: all documents in one stream, cut at every capacity (classic pretraining)."""
@@ -67,6 +68,7 @@ class Plan:
     split: rows of documents that were cut into several pieces, int64.
     last_pack: rows of documents with a piece in the pack that `drop_last` left out, int64.
     block: packs that a trainer must keep together when it permutes a cost-balanced order; 0 for other orders.
+    certificate: what `optimal` found and proved, to be printed; None for the other algorithms.
     """
 
     doc: np.ndarray
@@ -79,6 +81,7 @@ class Plan:
     split: np.ndarray
     last_pack: np.ndarray
     block: int = 0
+    certificate: Certificate | None = None
 
     @property
     def num_packs(self) -> int:
@@ -94,6 +97,7 @@ def make_plan(lengths: np.ndarray, rows: np.ndarray, options: PackOptions) -> Pl
     """
     none = np.empty(0, np.int64)
     dropped = truncated = split = none
+    certificate = None
     if options.algo == STREAM:
         piece_of, start, length = cut_stream(lengths, options.seq_len, align=options.align)
         doc, split = rows[piece_of], rows[np.unique(piece_of[start > 0])]
@@ -123,7 +127,7 @@ def make_plan(lengths: np.ndarray, rows: np.ndarray, options: PackOptions) -> Pl
                 doc = rows[piece_of]
         limits = {"align": options.align, "max_docs": options.max_docs, "seed": options.seed}
         packing = pack(length, options.seq_len, algo=options.algo, **limits)
-        (offsets, members), bound = packing.members(), packing.lower_bound
+        (offsets, members), bound, certificate = packing.members(), packing.lower_bound, packing.certificate
     last_pack = none
     if options.drop_last and len(offsets) > 2:
         members, offsets, left_out = _drop_last(members, offsets, length, options)
@@ -131,7 +135,8 @@ def make_plan(lengths: np.ndarray, rows: np.ndarray, options: PackOptions) -> Pl
         # Were the rest packable in fewer than bound − 1 packs, everything would be in fewer than bound.
         bound -= len(left_out) > 0
     slots, offsets, block = _sequence(members, offsets, length, options)
-    return Plan(doc[slots], start[slots], length[slots], offsets, bound, dropped, truncated, split, last_pack, block)
+    cuts = (dropped, truncated, split, last_pack)
+    return Plan(doc[slots], start[slots], length[slots], offsets, bound, *cuts, block, certificate)
 
 
 def _drop_last(members, offsets, length, options: PackOptions):

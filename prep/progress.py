@@ -14,6 +14,11 @@ class Progress:
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
 
+    def say(self, text: str) -> None:
+        """One line between stages."""
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
     @contextmanager
     def stage(self, label: str, unit: str):
         """A stage of work; yields `update(done, total, note="")`, counts in `unit`. `note` stands behind the bar."""
