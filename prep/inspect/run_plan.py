@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from formats.layout import slot_alignment
 from prep.inspect.forecast import Setup, forecast, warnings
 from prep.inspect.sample import read_lengths
-from prep.inspect.whatif import table
+from prep.inspect.whatif import Outcome, table
 from prep.plan import PackOptions
 
 
@@ -34,20 +35,24 @@ def make_report(
     training = []
     for row in (r for r in best if r is not None):
         value = forecast(row, read.lengths, read.scale, setup)
-        training.append({**row._asdict(), **value, "warnings": warnings(row, value)})
+        whole = _scaled(row, read.scale)
+        training.append({**whole._asdict(), **value, "warnings": warnings(whole, value)})
     tokens = int(read.lengths.sum(dtype="int64"))
     lengths = {
         "origin": read.origin,
         "documents": round(len(read.lengths) * read.scale),
         "tokens": round(tokens * read.scale),
         "relative_error_95": read.error,
+        "documents_relative_error_95": read.error_documents,
         "scale": read.scale,
         "longest": int(read.lengths.max()),
     }
-    scaled = [{**r._asdict(), "packs": round(r.packs * read.scale)} for r in rows]
-    for row in scaled:
-        row["lower_bound"] = round(row["lower_bound"] * read.scale)
-    return {"lengths": lengths, "rows": scaled, "training": training}
+    return {"lengths": lengths, "rows": [_scaled(r, read.scale)._asdict() for r in rows], "training": training}
+
+
+def _scaled(row: Outcome, scale: float) -> Outcome:
+    """What a row on a sample means for the whole."""
+    return row._replace(**{name: round(getattr(row, name) * scale) for name in ("packs", "lower_bound", "cut")})
 
 
 def _cost(setup: Setup):
@@ -59,16 +64,14 @@ def _cost(setup: Setup):
 def print_report(console: Console, value: dict) -> None:
     """Print it."""
     read = value["lengths"]
-    error = f" ± {read['relative_error_95']:.1%}" if read["relative_error_95"] else ""
-    console.print(
-        f"[bold]{read['documents']:,}[/bold] documents, [bold]{read['tokens']:,}[/bold] tokens{error}, longest "
-        f"{read['longest']:,} (from {read['origin']})",
-        highlight=False,
+    documents, tokens = (
+        f" ± {read[name]:.1%}" if read[name] else "" for name in ("documents_relative_error_95", "relative_error_95")
     )
-    what = Table(title="what packing would give", title_justify="left")
-    numbers = ("capacity", "cp", "packs", "at least", "fill", "slot pad", "tail pad", "cut", "straggler")
-    for column in ("algorithm", *numbers):
-        what.add_column(column, justify="left" if column == "algorithm" else "right")
+    counts = f"[bold]{read['documents']:,}[/bold] documents{documents}, [bold]{read['tokens']:,}[/bold] tokens{tokens}"
+    console.print(f"{counts}, longest {read['longest']:,} (from {read['origin']})", highlight=False)
+    what = _table("what packing would give (slot, tail: padding; wait: slowest rank over mean, at most)")
+    for column in ("algo", "capacity", "cp", "packs", "at least", "fill", "slot", "tail", "cut", "wait"):
+        what.add_column(column, justify="left" if column == "algo" else "right")
     for r in value["rows"]:
         shares = (f"{r[name]:.2%}" for name in ("fill", "slot_padding", "tail_padding"))
         counts = (f"{r['packs']:,}", f"{r['lower_bound']:,}")
@@ -76,7 +79,7 @@ def print_report(console: Console, value: dict) -> None:
             r["algo"], f"{r['seq_len']:,}", str(r["cp"]), *counts, *shares, f"{r['cut']:,}", f"{r['straggler']:.3f}"
         )
     console.print(what)
-    run = Table(title="training on the best row of each capacity", title_justify="left")
+    run = _table("training on the best row of each capacity")
     run.add_column("")
     for t in value["training"]:
         run.add_column(f"{t['seq_len']:,}", justify="right")
@@ -88,6 +91,10 @@ def print_report(console: Console, value: dict) -> None:
     for t in value["training"]:
         for warning in t["warnings"]:
             console.print(f"[yellow]warning[/yellow] {t['seq_len']:,}: {warning}", highlight=False)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 _RUN_ROWS = (

@@ -20,19 +20,23 @@ from prep.inspect.documents import read_slots
 from prep.inspect.facts import packed_folders
 from prep.inspect.subject import is_packed
 
-UNIT_BYTES = 256 << 10
-"""Input of a sampled unit: small, so that a sample comes from many places."""
+UNIT_BYTES = 64 << 10
+"""Input of a sampled unit: small, so that a sample comes from many places …"""
+MOST_UNITS = 200_000
+"""… but a large input is not cut into more units than this."""
 SAMPLE_BYTES = 8 << 20
 Z_95 = 1.96
 
 
 class Lengths(NamedTuple):
-    """`lengths` int32[N]; the whole has `scale` times as many documents. `error`: half the width of the 95 % interval
-    of its tokens, relative; 0 where everything was read. `origin` says where they come from."""
+    """`lengths` int32[N]; the whole has `scale` times as many documents. `error`, `error_documents`: half the width of
+    the 95 % interval of its tokens and of its documents, relative; 0 where everything was read. `origin` says where
+    they come from."""
 
     lengths: np.ndarray
     scale: float
     error: float
+    error_documents: float
     origin: str
 
 
@@ -45,32 +49,39 @@ def read_lengths(inputs: Sequence[str], tokenizer: str | None, sample_bytes: int
     if is_packed(inputs):
         folder = packed_folders(Path(inputs[0]))[0]
         _, lengths = read_slots(PackedDataset(folder)).documents()
-        return Lengths(lengths.astype(np.int32), 1.0, 0.0, f"the documents packed in {folder}")
+        return Lengths(lengths.astype(np.int32), 1.0, 0.0, 0.0, f"the documents packed in {folder}")
     if len(inputs) == 1 and Path(inputs[0]).is_dir() and read_store(Path(inputs[0])) is not None:
-        return Lengths(DocumentStore.open(inputs[0]).lengths, 1.0, 0.0, f"all documents of {inputs[0]}")
+        return Lengths(DocumentStore.open(inputs[0]).lengths, 1.0, 0.0, 0.0, f"all documents of {inputs[0]}")
     if tokenizer is None:
         raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
     options = EncodeOptions(tokenizer=str(tokenizer))
     sources = as_sources(inputs)
-    sampled = replace(options, unit_bytes=UNIT_BYTES)
-    units = cut_units(find_inputs(sources), sources, UNIT_BYTES)
-    sizes = np.array([unit.stop - unit.start for unit in units], np.int64)
+    files = find_inputs(sources)
+    unit_bytes = max(UNIT_BYTES, sum(file.bytes for file in files) // MOST_UNITS)
+    units = cut_units(files, sources, unit_bytes)
+    sizes = np.array([unit.bytes for unit in units], np.int64)
     every = math.ceil(sizes.sum() / sample_bytes)
     with tempfile.TemporaryDirectory(prefix="prep-") as folder:
         store = Path(folder) / "store"
         if every <= 1 or len(units) < 2 * every:
             lengths = np.array(encode(inputs, store, options).lengths)
-            return Lengths(lengths, 1.0, 0.0, "all documents of the input")
-        encode(inputs, store, sampled, unit_range=(1, every))
+            return Lengths(lengths, 1.0, 0.0, 0.0, "all documents of the input")
+        encode(inputs, store, replace(options, unit_bytes=unit_bytes), unit_range=(1, every))
         read = _read_units(store, len(units))
     chosen = sizes[::every]
     tokens = np.array([lengths.sum(dtype=np.int64) for lengths in read], np.float64)
-    rate = tokens.sum() / chosen.sum()
-    # Ratio estimator of a systematic sample (Cochran, Sampling Techniques, ch. 6).
-    spread = np.sqrt(((tokens - rate * chosen) ** 2).sum() / max(1, len(tokens) - 1) / len(tokens))
-    error = Z_95 * spread / chosen.mean() / rate * math.sqrt(1 - len(tokens) / len(units))
+    documents = np.array([len(lengths) for lengths in read], np.float64)
+    errors = (_error(values, chosen, len(units)) for values in (tokens, documents))
     origin = f"a sample: {chosen.sum() / sizes.sum():.1%} of the input, {len(tokens)} places"
-    return Lengths(np.concatenate(read), float(sizes.sum() / chosen.sum()), float(error), origin)
+    return Lengths(np.concatenate(read), float(sizes.sum() / chosen.sum()), *errors, origin)
+
+
+def _error(values: np.ndarray, sizes: np.ndarray, units: int) -> float:
+    """Relative half-width of the 95 % interval of a total estimated as Σ values / Σ sizes from a sample of `units`: the
+    ratio estimator (Cochran, Sampling Techniques, chapter 6)."""
+    rate, n = values.sum() / sizes.sum(), len(values)
+    spread = math.sqrt(((values - rate * sizes) ** 2).sum() / max(1, n - 1) / n)
+    return Z_95 * spread / sizes.mean() / rate * math.sqrt(1 - n / units)
 
 
 def _read_units(store: Path, count: int) -> list[np.ndarray]:
