@@ -13,6 +13,8 @@ import argparse
 import ctypes
 import gc
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numba
 import numpy as np
 from numba import njit
 
@@ -123,6 +126,11 @@ def main() -> None:
         mark = "ok  " if t["met"] else "MISS"
         print(f"{mark} {t['what']}: {t['measured']:.4g} (target {t['relation']} {t['target']:g})")
     results["targets"] = targets
+    results["about"] = {
+        "command": " ".join(["python", "tools/bench_pack.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "numba": numba.__version__},
+    }
     if options.json:
         options.json.write_text(json.dumps(results, indent=1, sort_keys=True, default=float) + "\n")
 
