@@ -107,6 +107,7 @@ def test_relaxation_converges_between_its_bound_and_the_optimum(case, max_docs):
     rows = np.maximum(relaxation.patterns, 0)
     assert np.all(rows @ h.sizes <= capacity)
     assert np.all(rows.sum(axis=1) <= (max_docs or len(lengths)))
+    assert np.all(rows <= h.counts)  # no pattern takes more documents of a size than there are
     assert np.all(rows.T @ relaxation.times >= h.counts - 1e-6)
 
 
