@@ -14,6 +14,8 @@ import numpy as np
 import tokenizers
 import xxhash
 
+from prep.encode.pieces import can_be_cut
+
 # Parallelism is by processes, one work unit each; threads inside them would only fight for the same cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -129,11 +131,11 @@ class TokenizerFolder:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray | None:
-        """Bytes of text each id stands for, int64[V]; None where the kind of tokenizer gives no such number."""
+        """Bytes of text each id stands for, int32[V]; None where the kind of tokenizer gives no such number."""
         rule = _byte_rule(self._content)
         if rule is None:
             return None
-        lengths = np.full(self.vocab_size, _UNKNOWN_LENGTH, np.int64)
+        lengths = np.full(self.vocab_size, _UNKNOWN_LENGTH, np.int32)
         for token, index in self.tokenizer.get_vocab(with_added_tokens=False).items():
             lengths[index] = rule(token)
         for token in self.added_tokens:
@@ -141,12 +143,21 @@ class TokenizerFolder:
         return lengths
 
     @cached_property
+    def marks_spaces(self) -> bool:
+        """Whether the normaliser writes ▁ for a space."""
+        return "Replace" in _normalizer_kinds(self._content.get("normalizer"))
+
+    @cached_property
+    def can_be_cut(self) -> bool:
+        """Whether long texts may be encoded piece by piece, see `prep.encode.pieces`."""
+        return can_be_cut(self._content, self.tokenizer.get_vocab(with_added_tokens=False))
+
+    @cached_property
     def changes_text(self) -> Callable[[str], bool] | None:
         """Tells whether the normaliser changes a text, so that the lengths of its tokens say nothing; None if never."""
-        kinds = _normalizer_kinds(self._content.get("normalizer"))
-        if "NFC" in kinds:
+        if "NFC" in _normalizer_kinds(self._content.get("normalizer")):
             return lambda text: not (text.isascii() or unicodedata.is_normalized("NFC", text))
-        if "Replace" in kinds:
+        if self.marks_spaces:
             return lambda text: "▁" in text
         return None
 

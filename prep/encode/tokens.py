@@ -1,12 +1,13 @@
 """Texts → token ids with the byte range of every token.
 
-Ids are those of Hugging Face `tokenizers` on the whole text; a text is never cut where a merge could cross the cut.
+Ids are those of Hugging Face `tokenizers` on the whole text: long texts go through it in pieces, which are cut only
+where no token can change (`prep.encode.pieces`).
 The byte range of a token comes from its own length where that is proven to add up to the text (byte-level and
 byte-fallback BPE on text that the normaliser leaves alone), and from the library's offset tracking, which is several
 times slower, elsewhere. `fastokens`, which tracks no offsets at all, is many times faster than either.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -14,9 +15,11 @@ import numpy as np
 import tokenizers
 import xxhash
 
+from prep.encode.pieces import PIECE_CHARACTERS, cut_text
 from prep.encode.tokenizer import TokenizerFolder
 
 _TWIN = 0x10F000  # private-use characters from here on stand for control tokens in `encode_guarded`
+_PIECES_A_CALL = 256  # about a megabyte: no more is in the library's own form at a time
 _SAMPLE_CHARACTERS = 2000
 _SAMPLE_LEAST = 100  # a shorter piece says little
 SAMPLE_FRACTION = 0.0025
@@ -76,16 +79,16 @@ class TokenEncoder:
         texts = list(texts)
         if self._fast is not None and fast:
             self._compare(texts)
-            ids, offsets = self._encode_fast(texts)
+            ids, offsets = self._in_pieces(self._encode_fast, texts)
         elif self._folder.byte_lengths is not None:
-            ids, offsets = self._encode_hf(texts)
+            ids, offsets = self._in_pieces(self._encode_hf, texts)
         else:
-            return self._replace(None, {i: _encode_with_offsets(self._hf, text) for i, text in enumerate(texts)}, texts)
+            return self._replace(None, {i: self._encode_slowly(self._hf, text) for i, text in enumerate(texts)}, texts)
         starts, ends, proven = self._byte_ranges(ids, offsets, texts)
         encoded = Encoded(ids, starts, ends, offsets)
         if proven.all():
             return encoded, {}
-        slow = {int(i): _encode_with_offsets(self._hf, texts[i]) for i in np.flatnonzero(~proven)}
+        slow = {int(i): self._encode_slowly(self._hf, texts[i]) for i in np.flatnonzero(~proven)}
         return self._replace(encoded, slow, texts)
 
     def _replace(self, encoded: Encoded | None, slow: dict[int, Encoded], texts) -> tuple[Encoded, dict[int, str]]:
@@ -103,7 +106,9 @@ class TokenEncoder:
         """Whether the tokens make up the normalised text (offsets of joined characters leave gaps in the given one)."""
         if self._folder.byte_lengths is None or self._hf.normalizer is None:
             return False
-        normalised = self._hf.normalizer.normalize_str(text).replace("▁", " ")
+        normalised = self._hf.normalizer.normalize_str(text)
+        if self._folder.marks_spaces:  # the lengths of tokens count it as the space that it stands for
+            normalised = normalised.replace("▁", " ")
         return int(self._folder.byte_lengths[encoded.ids].sum()) == len(normalised.encode())
 
     def encode_guarded(self, text: str, literals: Sequence[tuple[int, int]]) -> Encoded:
@@ -125,7 +130,7 @@ class TokenEncoder:
                 pieces += [text[last : match.start()], self._twins[match.group()]]
                 swapped.append((match.start(), len(match.group().encode())))
                 last = match.end()
-        ids, starts, ends, offsets = _encode_with_offsets(self._guard, "".join([*pieces, text[last:]]))
+        ids, starts, ends, offsets = self._encode_slowly(self._guard, "".join([*pieces, text[last:]]))
         # Back to the bytes of the real text: every swapped token before a position shifts it.
         width = len(chr(_TWIN).encode())
         real = np.array([len(text[:position].encode()) for position, _ in swapped], np.int64)
@@ -165,6 +170,32 @@ class TokenEncoder:
         guard.encode_special_tokens = True
         return guard
 
+    def _in_pieces(self, encode: Callable, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """What `encode` gives for texts, long ones piece by piece."""
+        if max(map(len, texts), default=0) <= PIECE_CHARACTERS or not self._folder.can_be_cut:
+            return encode(texts)
+        pieces = [cut_text(text) for text in texts]
+        rows = np.concatenate([[0], np.cumsum([len(row) for row in pieces])])
+        flat = [piece for row in pieces for piece in row]
+        parts = [encode(flat[k : k + _PIECES_A_CALL]) for k in range(0, len(flat), _PIECES_A_CALL)]
+        bounds = np.cumsum(np.concatenate([[0], *[np.diff(offsets) for _, offsets in parts]]))
+        return np.concatenate([ids for ids, _ in parts]), bounds[rows]
+
+    def _encode_slowly(self, tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
+        """One text by the library's own offset tracking, a long one piece by piece."""
+        pieces = cut_text(text) if self._folder.can_be_cut else [text]
+        if len(pieces) == 1:
+            return _encode_with_offsets(tokenizer, text)
+        ids, starts, ends, base = [], [], [], 0
+        for piece in pieces:
+            encoded = _encode_with_offsets(tokenizer, piece)
+            ids.append(encoded.ids)
+            starts.append(encoded.starts + base)
+            ends.append(encoded.ends + base)
+            base += len(piece.encode())
+        flat, offsets = flatten([np.concatenate(ids)])
+        return Encoded(flat, np.concatenate(starts), np.concatenate(ends), offsets)
+
     def _encode_hf(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         batch = self._hf.encode_batch_fast(texts, add_special_tokens=False)
         return flatten([np.array(encoding.ids, np.int32) for encoding in batch])
@@ -200,13 +231,14 @@ class TokenEncoder:
         A text is proven when the lengths of its tokens add up to its own bytes and the normaliser leaves it alone:
         such a tokenizer only ever drops bytes (a vocabulary that lacks them), so a full sum means that none is missing.
         """
-        lengths = self._folder.byte_lengths[ids]
         cumulated = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum(lengths, out=cumulated[1:])
+        np.cumsum(self._folder.byte_lengths[ids], out=cumulated[1:])
         base = cumulated[offsets[:-1]]
         proven = cumulated[offsets[1:]] - base == utf8_sizes(texts)
         if self._folder.changes_text is not None:
             proven &= ~np.fromiter(map(self._folder.changes_text, texts), bool, len(texts))
+        if len(texts) == 1:  # nothing to shift, and a large document has no memory to spare
+            return cumulated[:-1], cumulated[1:], proven
         shift = np.repeat(base, np.diff(offsets))
         return cumulated[:-1] - shift, cumulated[1:] - shift, proven
 

@@ -138,6 +138,7 @@ class _UnitRun:
         with self.writer:
             for batch in self._batches():
                 self.writer.write(*self._encode(batch))
+                batch.clear()  # before the next records are read: two of many megabytes need not be in memory at once
         if self._encoder.tokens.compared:
             self._ledger.note(self._spec.name, "compared_with_hf", self._encoder.tokens.compared)
         return self._ledger
@@ -156,8 +157,9 @@ class _UnitRun:
             batch.append(_Item(position, record, document))
             size += len(document.text) if type(document) is Rendering else 4 * len(document.ids)
             if size >= _BATCH_CHARACTERS:
+                record = document = None  # `batch` alone holds them, see `run`
                 yield batch
-                batch, size = [], 0
+                size = 0
         yield batch
 
     def _document(self, record: object) -> Rendering | Tokens:
@@ -242,8 +244,11 @@ class _UnitRun:
             spans += found
             owners += [i] * len(found)
         bounds = np.array(spans, np.int64).reshape(-1, 2) + base[np.array(owners, np.int64)][:, None]
-        shift = np.repeat(base, np.diff(encoded.offsets))
-        mask = target_mask(encoded.starts + shift, encoded.ends + shift, bounds)
+        starts, ends = encoded.starts, encoded.ends
+        if len(documents) > 1:
+            shift = np.repeat(base, np.diff(encoded.offsets))
+            starts, ends = starts + shift, ends + shift
+        mask = target_mask(starts, ends, bounds)
         return self._add_around(documents, encoded.ids, mask, encoded.offsets)
 
     def _add_around(self, documents: Sequence[Rendering], ids, mask, offsets):

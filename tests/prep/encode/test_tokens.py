@@ -22,6 +22,7 @@ NASTY = [
     "Größe, naïve café",
     "e\u0301 a\u030a \u0958",  # what NFC joins, and what it takes apart
     "▁already▁there",
+    "e\u0301 beside ▁",
     "👩‍👩‍👧‍👦😀" * 5,
     "\x00\x01\x1f\x7f",
     " " * 5000 + "x",
