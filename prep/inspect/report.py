@@ -6,7 +6,7 @@ from pathlib import Path
 
 from formats.dataset import REPORT_NAMES, PackedDataset
 from formats.manifest import Manifest, write_manifest
-from formats.shard import FileEntry, atomic_write, file_digest, json_bytes
+from formats.shard import FileEntry, atomic_write, file_digest, json_bytes, read_json
 from prep.inspect.facts import facts
 from prep.inspect.lint import lint_packed
 from prep.ledger import LEDGER_NAME, Ledger
@@ -16,7 +16,7 @@ REPORT_NAME, PAGE_NAME = REPORT_NAMES
 
 def make_report(dataset: PackedDataset, ledger: Ledger | None = None) -> dict:
     """The facts, the ledger and the lint of a packed folder, JSON-compatible. `ledger`: by default the folder's own."""
-    account = ledger.to_json() if ledger else json.loads((dataset.folder / LEDGER_NAME).read_bytes())
+    account = ledger.to_json() if ledger else read_json(dataset.folder / LEDGER_NAME)
     return {**facts(dataset), "ledger": account, "lint": lint_packed(dataset, account)}
 
 
