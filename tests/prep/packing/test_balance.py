@@ -45,6 +45,7 @@ def test_blocks_are_alike_and_windows_hold_the_whole_spread():
     assert np.bincount(level.astype(int), minlength=16).min() >= 6
     # Blocks come in no order of cost.
     assert abs(np.corrcoef(np.arange(128), blocks.mean(axis=1))[0, 1]) < 0.3
+    assert abs(np.corrcoef(blocks.mean(axis=1)[1:], blocks.mean(axis=1)[:-1])[0, 1]) < 0.3  # nor in runs
 
 
 def test_epochs_keep_the_blocks():
