@@ -59,6 +59,11 @@ class Layout:
     dp_replicate: int = _flag(1, "replicas of the sharded model (HSDP when more than 1)")
     dp_shard: int = _flag(-1, "ranks a replica is sharded over; -1: all that are left")
     cp: int = _flag(1, "context-parallel ranks")
+    cp_method: str = _flag(
+        "gather",
+        "what context-parallel ranks exchange: all keys and values, those that are needed, or heads for tokens",
+        ("gather", "needed", "ring", "ulysses"),
+    )
     tp: int = _flag(1, "tensor-parallel ranks")
     ep: int = _flag(1, "expert-parallel ranks")
     reshard: bool = _flag(
@@ -134,11 +139,14 @@ COMBINATIONS = (
     Combination("HSDP (dp_replicate × dp_shard)", {"dp_replicate": 2}, "tests/dist/test_parity.py"),
     Combination("gradient accumulation", {"batch_packs": 6, "micro_packs": 2}, "tests/dist/test_parity.py"),
     Combination("activation recompute", {"recompute": "full"}, "tests/dist/test_parity.py"),
+    Combination("context parallelism, all keys gathered", {"cp": 2}, "tests/dist/test_cp.py"),
+    Combination("context parallelism, needed keys only", {"cp": 2, "cp_method": "needed"}, "tests/dist/test_cp.py"),
+    Combination("context parallelism, heads for tokens", {"cp": 2, "cp_method": "ulysses"}, "tests/dist/test_cp.py"),
     Combination(
-        "context parallelism",
-        {"cp": 2},
-        "--cp {cp} is not driven yet: leave it at 1; shards packed with any `prep pack --cp` train as they lie",
-        lambda c: c.layout.cp > 1,
+        "context parallelism, ring",
+        {"cp": 2, "cp_method": "ring"},
+        "--cp-method ring is not driven yet: take gather, or needed, which sends less for packs of short documents",
+        lambda c: c.layout.cp_method == "ring",
     ),
     Combination(
         "tensor parallelism",

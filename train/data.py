@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from formats.dataset import PackedDataset
+from formats.layout import align_up
 from formats.order import EMPTY, accumulation, epoch_order, rank_positions, step_span, steps_per_epoch
+from train.cut import WHOLE, Cut
 from train.row import MicroBatch, Row
 
 RUN_TOKENS = 1 << 16
@@ -91,7 +93,7 @@ def open_shards(folder: str, vocab_size: int | None = None) -> PackedDataset:
 
 
 class PackedLoader:
-    """Steps of one data-parallel rank, from `consumed` packs on.
+    """Steps of one data-parallel rank, from `consumed` packs on; of every row the part that `cut` gives this rank.
 
     Use: `facts = loader.next_step()`, then `for row in loader.rows(): …` to the end, again and again; `stall_seconds`
     is how long the rows of the current step had to be waited for. `close()` ends the thread.
@@ -105,21 +107,23 @@ class PackedLoader:
         dp_rank: int,
         dp_size: int,
         device: torch.device,
+        cut: Cut = WHOLE,
         consumed: int = 0,
         verify: bool = True,
     ):
         self._dataset, self._schedule, self._verify = dataset, schedule, verify
         self._dp_rank, self._dp_size, self._device = dp_rank, dp_size, device
         self.row_count = accumulation(schedule.batch_packs, schedule.micro_packs, dp_size)
+        self.row_tokens = align_up(schedule.micro_packs * dataset.manifest.capacity, cut.multiple)
         self._consumed = consumed
         self._order = (-1, np.empty(0, np.int64))
         self.stall_seconds = 0.0
 
-        run_length = max(1, RUN_TOKENS // (schedule.micro_packs * dataset.manifest.capacity))
+        run_length = max(1, RUN_TOKENS // self.row_tokens)
         self._free: queue.SimpleQueue[list[Row] | None] = queue.SimpleQueue()  # the buffers bound both queues
         for _ in range(RUNS):
             pinned = device.type == "cuda"
-            self._free.put([Row(dataset, schedule.micro_packs, pinned=pinned) for _ in range(run_length)])
+            self._free.put([Row(dataset, schedule.micro_packs, cut, pinned=pinned) for _ in range(run_length)])
         self._ready: queue.SimpleQueue[list[Row] | BaseException] = queue.SimpleQueue()
         self._in_use: list[Row] = []
         self._next_in_use = 0
@@ -139,7 +143,7 @@ class PackedLoader:
             packs=stop - start,
             tokens=int(index.tokens[packs].sum(dtype=np.int64)),
             target_tokens=int(index.target_tokens[packs].sum(dtype=np.int64)),
-            positions=self.row_count * self._dp_size * self._schedule.micro_packs * self._dataset.manifest.capacity,
+            positions=self.row_count * self._dp_size * self.row_tokens,
             sum_sq=int(index.sum_sq[packs].sum()),
         )
 

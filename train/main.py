@@ -26,6 +26,7 @@ from train import hf
 from train.attention.choose import choose_backend
 from train.checkpoint import Checkpointer, DataState, Position, check_data_state, read_position
 from train.config import Config, parse
+from train.cut import choose_cut
 from train.data import PackedLoader, Schedule, open_shards
 from train.mesh import Mesh, build_mesh, pick_device, set_threads, start_process_group
 from train.metrics import Metrics, memory_bytes
@@ -53,6 +54,7 @@ def train(config: Config) -> None:
     )
     steps = schedule.steps(config.run.epochs)
     steps = min(config.run.steps, steps) if config.run.steps else steps
+    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, manifest)
     data_state = DataState((manifest.fingerprint,), (1.0,), config.run.seed, config.data.batch_packs)
 
     # Where this run begins: at 0, or at a checkpoint that fits.
@@ -85,7 +87,10 @@ def train(config: Config) -> None:
     metrics.say(
         f"{dist.get_world_size()} ranks on {device.type}: {mesh}; "
         f"{sum(p.numel() for p in model.parameters()):,} parameters in {config.model.dtype}; "
-        f"attention {attention.name}; {len(dataset):,} packs of {manifest.capacity:,}, "
+        f"attention {attention.name}"
+        + f" with {config.layout.cp_method} over cp, {'zigzag' if cut.zigzag else 'contiguous'}"
+        * (mesh.cp_size > 1)
+        + f"; {len(dataset):,} packs of {manifest.capacity:,}, "
         f"{steps:,} steps of {config.data.batch_packs} packs"
         + (f"; resumed at step {position.step} from {checkpoint}" if checkpoint else "")
     )
@@ -101,6 +106,7 @@ def train(config: Config) -> None:
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
         device=device,
+        cut=cut,
         consumed=position.consumed,
         verify=config.data.verify == "pack",
     )
@@ -160,7 +166,8 @@ def evaluate_packs(
     packs = min(config.run.eval_packs or len(dataset), len(dataset))
     batch = mesh.dp_size * config.data.micro_packs
     schedule = Schedule(packs, "input", 0, 0, batch, config.data.micro_packs)
-    loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device)
+    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest)
+    loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device, cut=cut)
     try:
         return evaluate(model, loader, schedule.steps(1), mesh, metrics.evaluating)
     finally:

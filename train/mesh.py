@@ -56,6 +56,14 @@ class Mesh:
     dp_rank: int
     dp_size: int
 
+    @property
+    def cp_size(self) -> int:
+        return self.root["cp"].size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.root.get_local_rank("cp")
+
     def __str__(self) -> str:
         return " × ".join(f"{axis} {size}" for axis, size in zip(AXES, self.root.shape, strict=True))
 

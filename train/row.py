@@ -5,7 +5,7 @@ runs at the speed of memory. numpy needs nine passes for the same (labels throug
 subtract) and is six times slower; numba also leaves the interpreter free for the thread that trains.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -16,7 +16,8 @@ from formats.layout import align_up
 from formats.order import EMPTY
 from formats.schema import IGNORE_INDEX
 from formats.shard import pack_digest
-from train.attention.interface import Segments
+from train.attention.interface import Part, Segments
+from train.cut import Cut
 
 TAIL_SEGMENT = 128
 """Longest segment of tail padding: attention costs the square of a segment."""
@@ -27,8 +28,9 @@ class MicroBatch:
     """One row of `micro_packs` packs, T = micro_packs · capacity: `input_ids`, `position_ids` int32[T], `labels`
     int64[T] (already shifted, −100 where not a target), and the segments that attention must keep apart.
 
-    Pack k of the row stands at k · capacity: its slots, then its tail padding in segments of its own. The tensors lie
-    in buffers of the loader and are valid until the next row is taken.
+    Pack k of the row stands at k · capacity: its slots, then its tail padding in segments of its own. T is rounded up
+    to what can be cut, and a context-parallel rank gets its part of the row (`train.cut`). The tensors lie in buffers
+    of the loader and are valid until the next row is taken.
     """
 
     input_ids: torch.Tensor
@@ -38,7 +40,9 @@ class MicroBatch:
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill_pack(ids, mask, slots, first, capacity, pad_id, out_ids, out_labels, out_positions, cu_seqlens, segments):
+def _fill_pack(
+    ids, mask, slots, first, capacity, pad_id, longest_tail, out_ids, out_labels, out_positions, cu_seqlens, segments
+):
     """Write one pack at `first` of a row that has `segments` segments so far; returns their new number.
 
     The formulas are those of `formats.layout` (shift_labels, position_ids, tail_segments), fused. A label looks one
@@ -64,7 +68,7 @@ def _fill_pack(ids, mask, slots, first, capacity, pad_id, out_ids, out_labels, o
         segments += 1
         cu_seqlens[segments] = first + start
     while start < capacity:
-        tail = min(TAIL_SEGMENT, capacity - start)
+        tail = min(longest_tail, capacity - start)
         positions = row_positions[start : start + tail]
         for t in range(tail):
             positions[t] = t
@@ -82,23 +86,32 @@ for _array in (_NO_IDS, _NO_MASK):
 class Row:
     """Owned buffers of one row, filled again and again; pinned when they feed a GPU."""
 
-    def __init__(self, dataset: PackedDataset, micro_packs: int, *, pinned: bool):
+    def __init__(self, dataset: PackedDataset, micro_packs: int, cut: Cut, *, pinned: bool):
         manifest, index = dataset.manifest, dataset.index
         self._dataset, self._capacity, self._pad_id = dataset, manifest.capacity, manifest.pad_id
         self._align, self._digests, self._longest = manifest.align, index.xxh3, index.max_seqlen
-        tokens = micro_packs * manifest.capacity
+        self._cut, self._first_keys = cut, ()
+        tokens = align_up(micro_packs * manifest.capacity, cut.multiple)
+        self._longest_tail = max(1, TAIL_SEGMENT // cut.multiple) * cut.multiple  # padding is cut as documents are
         # A static number of segments, so that shapes never change: the most of any pack, for every pack of the row.
         # Slots of align 1 have no padding; for others the index states the padded length.
         tail = manifest.capacity - index.padded(manifest.align)
-        most = int((index.documents + -(-tail // TAIL_SEGMENT)).max())
-        self._most_segments = micro_packs * max(most, -(-manifest.capacity // TAIL_SEGMENT)) + 1
-        self._host = {
+        most = int((index.documents + -(-tail // self._longest_tail)).max())
+        most = max(most, -(-manifest.capacity // self._longest_tail))
+        self._most_segments = micro_packs * most + 1  # the last for the tokens that rounding adds
+        row = {
             "input_ids": torch.empty(tokens, dtype=torch.int32, pin_memory=pinned),
             "labels": torch.empty(tokens, dtype=torch.int64, pin_memory=pinned),
             "position_ids": torch.empty(tokens, dtype=torch.int32, pin_memory=pinned),
             "cu_seqlens": torch.empty(self._most_segments + 1, dtype=torch.int32, pin_memory=pinned),
         }
-        self._arrays = {name: tensor.numpy() for name, tensor in self._host.items()}
+        rest = tokens - micro_packs * manifest.capacity
+        row["input_ids"][tokens - rest :] = manifest.pad_id
+        row["labels"][tokens - rest :] = IGNORE_INDEX
+        row["position_ids"][tokens - rest :] = torch.arange(rest)
+        self._arrays = {name: tensor.numpy() for name, tensor in row.items()}
+        self._host = row if cut.size == 1 else cut.buffers(row, pinned=pinned)
+        self._part = {name: tensor.numpy() for name, tensor in self._host.items()}
         self._max_seqlen = 0
         self._copied: torch.cuda.Event | None = None
 
@@ -112,6 +125,7 @@ class Row:
         arrays, capacity = self._arrays, self._capacity
         cu_seqlens = arrays["cu_seqlens"]
         targets = (arrays["input_ids"], arrays["labels"], arrays["position_ids"], cu_seqlens)
+        constants = self._pad_id, self._longest_tail
         cu_seqlens[0] = 0
         segments, longest = 0, TAIL_SEGMENT
         for k, number in enumerate(packs.tolist()):
@@ -122,10 +136,13 @@ class Row:
                     self._dataset.check(number)  # raises, naming shard and row
                 ids, mask, slots = pack.input_ids, pack.loss_mask, pack.seq_lens_padded
                 longest = max(longest, int(self._longest[number]))
-            segments = _fill_pack(ids, mask, slots, k * capacity, capacity, self._pad_id, *targets, segments)
-        cu_seqlens[segments + 1 :] = len(packs) * capacity
+            segments = _fill_pack(ids, mask, slots, k * capacity, capacity, *constants, *targets, segments)
+        tokens = len(arrays["input_ids"])
+        cu_seqlens[segments + 1 :] = tokens
         aligned = int(align_up(np.int64(longest), self._align))
-        self._max_seqlen = min(len(packs) * capacity, 1 << (aligned - 1).bit_length())
+        self._max_seqlen = min(tokens, 1 << (aligned - 1).bit_length())
+        if self._cut.size > 1:
+            self._first_keys = self._cut.fill(arrays, self._part)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The row on `device`: the buffers themselves on CPU, copies in flight on CUDA."""
@@ -135,4 +152,8 @@ class Row:
             self._copied = torch.cuda.Event()
             self._copied.record()
         segments = Segments(tensors["cu_seqlens"], self._max_seqlen)
+        if self._cut.size > 1:
+            keys = tensors.get("cu_seqlens_k"), tensors.get("key_rows")
+            part = Part(tensors["row_cu_seqlens"], self._max_seqlen, self._first_keys, *keys)
+            segments = replace(segments, max_seqlen=min(self._max_seqlen, len(tensors["input_ids"])), part=part)
         return MicroBatch(tensors["input_ids"], tensors["labels"], tensors["position_ids"], segments)

@@ -4,78 +4,18 @@
 import functools
 import itertools
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from reference import KeepDouble, gradient_distances, run_by_documents
+from parity import LIMIT, by_documents, packed_step, packed_steps
 from tokenizers import Tokenizer
-from torch.distributed.tensor import DTensor
 
 from formats.dataset import PackedDataset
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
-from train import hf
 from train.config import Config, Data, Layout, Model
-from train.data import PackedLoader, Schedule, open_shards
-from train.mesh import build_mesh
-from train.model.decoder import Decoder
-from train.parallel.apply import parallelize
-from train.step import LOSS_AXES, accumulate_gradients, sum_over
-
-
-def by_documents(model_dir, dataset, dtype):
-    """Mean loss and gradients (by Hugging Face name) over all targets of all packs, one forward a document."""
-    from transformers import AutoModelForCausalLM
-
-    documents = []
-    for i in range(len(dataset)):
-        pack, start = dataset[i], 0
-        for real, slot in zip(pack.seq_lens.tolist(), pack.seq_lens_padded.tolist(), strict=True):
-            ids, mask = (x[start : start + real] for x in (pack.input_ids, pack.loss_mask))
-            documents.append((torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool)))
-            start += slot
-    targets = sum(int(mask.sum()) for _, mask in documents)
-    with KeepDouble() if dtype == torch.float64 else nullcontext():
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
-        total, gradients = run_by_documents(model, documents)
-    return total.item() / targets, {name: gradient / targets for name, gradient in gradients.items()}
-
-
-def packed_step(model_dir, shards, config, dtype, wanted_path):
-    """This rank's part of one step over all packs; returns (loss, worst distance of any gradient, its name)."""
-    device = torch.device("cpu")
-    mesh = build_mesh(config.layout, device)
-    model_config = hf.read_config(model_dir)
-    dataset = open_shards(shards, model_config.vocab_size)
-    with torch.device("meta"):
-        model = Decoder(model_config).to(dtype)
-    model = parallelize(model, mesh, config)
-    model.to_empty(device=device)
-    hf.load_weights(model, model_dir)
-
-    schedule = Schedule(len(dataset), "shuffle", 0, 1, config.data.batch_packs, config.data.micro_packs)
-    loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device)
-    facts = loader.next_step()
-    assert facts.packs == len(dataset)
-    share = accumulate_gradients(model, loader.rows(), loader.row_count, facts.target_tokens)
-    loss = sum_over(mesh, share, LOSS_AXES).item()
-    loader.close()
-    for parameter in model.parameters():
-        assert parameter.grad.dtype == dtype
-        if isinstance(parameter.grad, DTensor):
-            parameter.grad = parameter.grad.full_tensor()
-    errors = gradient_distances(model, torch.load(wanted_path))
-    worst = max(errors, key=errors.get)
-    return loss, errors[worst], worst
-
-
-def packed_steps(cases):
-    """Several cases in the same processes: starting them takes longer than a case."""
-    return [packed_step(*case) for case in cases]
-
 
 # name → (ranks, configuration). 5 packs and a batch of 6: some rank always runs an empty pack.
 CASES = {
@@ -91,7 +31,6 @@ CASES = {
     "dp_replicate 2 × dp_shard 2": (4, Config(layout=Layout(dp_replicate=2))),
 }
 CASES = {name: (world, replace(c, data=replace(c.data, batch_packs=6))) for name, (world, c) in CASES.items()}
-LIMIT = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,7 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
         "device": "cpu",
         "verify": "off",
         "on_nonfinite": "skip",
+        "cp_method": "needed",
     }
     values |= {
         "recompute": "full",

@@ -37,9 +37,10 @@ def choose_backend(name: str, device: str, dtype: torch.dtype, head_dim: int, *,
 
 def varlen_attention(
     q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
+    k_UKH: Tensor,
+    v_UKH: Tensor,
     segments: Segments,
+    keys: Segments | None = None,
     *,
     backend: str,
     scale: float,
@@ -48,9 +49,11 @@ def varlen_attention(
 ) -> Tensor:
     """Causal attention inside each document of a packed row: `out_TNH`, same dtype as `q_TNH`.
 
+    `keys` are the segments of keys and values where they are not those of the queries (U tokens instead of T); the last
+    query of a segment stands at its last key.
     `scale` multiplies the scores; `window` is the number of visible keys, the query's own included; `softcap` bounds
     the scores by `softcap·tanh(score/softcap)`.
     """
-    ends, longest = segments.cu_seqlens, segments.max_seqlen
-    op = BACKENDS[backend].op
-    return op(q_TNH, k_TKH, v_TKH, ends, ends, longest, longest, scale, window, softcap)[0]
+    keys = segments if keys is None else keys
+    layout = segments.cu_seqlens, keys.cu_seqlens, segments.max_seqlen, keys.max_seqlen
+    return BACKENDS[backend].op(q_TNH, k_UKH, v_UKH, *layout, scale, window, softcap)[0]

@@ -24,17 +24,43 @@ class Segments:
 
     `cu_seqlens` is int32[S+1] on the device of the tokens; it starts at 0, ends at T, and may repeat T at its end, so
     that its length can stay the same from step to step. `max_seqlen` bounds every document's length; it sizes the
-    launch of GPU kernels and changes nothing in the result.
+    launch of GPU kernels and changes nothing in the result. A context-parallel rank holds only a part of the row: its
+    segments are what it holds of each document (one run, or two chunks), some of them empty, and `part` tells the rest.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
+    part: "Part | None" = None
+
+    @property
+    def document_lengths(self) -> Tensor:
+        """int32[S]: for each segment the length of its whole document (of its slot, where that is padded)."""
+        if self.part is None:
+            return self.cu_seqlens.diff()
+        lengths = self.part.row_cu_seqlens.diff()
+        return lengths.repeat_interleave((len(self.cu_seqlens) - 1) // len(lengths))
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device | str = "cpu") -> "Segments":
         """Segments of consecutive documents of these lengths."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return cls(ends.to(device), max(lengths))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a context-parallel rank must know of the row that its segments are a part of (see `train.cut`).
+
+    `row_cu_seqlens` int32[S+1] and `row_max_seqlen` are those of the whole row. `first_keys[r]` says where on the row
+    the document begins that rank r's contiguous part begins in. Where the cut is zigzag, the keys of segment s are
+    `key_rows[cu_seqlens_k[s]:cu_seqlens_k[s+1]]`, int32 row numbers among the tokens of all ranks, rank after rank.
+    """
+
+    row_cu_seqlens: Tensor
+    row_max_seqlen: int
+    first_keys: tuple[int, ...] = ()
+    cu_seqlens_k: Tensor | None = None
+    key_rows: Tensor | None = None
 
 
 @dataclass(frozen=True)

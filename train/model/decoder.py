@@ -43,9 +43,12 @@ class AttentionCore(nn.Module):
         self.backend = backend
         self.scale, self.softcap, self.window = config.attention_scale, config.attention_softcap, layer.window
 
-    def forward(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> Tensor:
+    def forward(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, keys: Segments | None = None
+    ) -> Tensor:
+        """`keys` are the segments of `k_TKH` and `v_TKH` where they are not those of the queries."""
         options = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
-        return varlen_attention(q_TNH, k_TKH, v_TKH, segments, backend=self.backend, **options)
+        return varlen_attention(q_TNH, k_TKH, v_TKH, segments, keys, backend=self.backend, **options)
 
 
 class Attention(nn.Module):

@@ -64,10 +64,11 @@ def rope_tables(rope: Rope, position_ids_T: Tensor, segments: Segments, dtype: t
 
 
 def _document_lengths(position_ids_T: Tensor, segments: Segments) -> Tensor:
-    """For every token the length of its document (of its slot, where that is padded); no host synchronisation."""
+    """For every token the length of its whole document (of its slot, where that is padded), also where this rank holds
+    a part of it."""
     tokens = torch.arange(len(position_ids_T), dtype=torch.int32, device=position_ids_T.device)
-    document = torch.searchsorted(segments.cu_seqlens, tokens, right=True)
-    return segments.cu_seqlens[document] - segments.cu_seqlens[document - 1]
+    segment = torch.searchsorted(segments.cu_seqlens, tokens, right=True) - 1
+    return segments.document_lengths[segment]
 
 
 def apply_rope(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
