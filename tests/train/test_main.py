@@ -110,7 +110,17 @@ def test_a_killed_and_resumed_run_is_bit_equal_to_one_without_a_break(flags, str
     assert (out / "hf" / "model.safetensors").read_bytes() == (straight / "hf" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("world", "layout"), [(1, {}), (3, {}), (4, {"dp_replicate": 2}), (1, {"micro_packs": 4})])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, {}),
+        (3, {}),
+        (4, {"dp_replicate": 2}),
+        (1, {"micro_packs": 4}),
+        (2, {"cp": 2}),
+        (4, {"cp": 2, "cp_method": "needed"}),
+    ],
+)
 def test_a_resume_on_another_mesh_gives_the_same_losses(world, layout, flags, straight, tmp_path):
     first = whole_checkpoints(straight)[0]
     run_ranks(run, world, flags(resume=first, **layout))
@@ -121,6 +131,20 @@ def test_a_resume_on_another_mesh_gives_the_same_losses(world, layout, flags, st
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
         exact = [key for key in SAME if key not in ("loss", "grad_norm")]
         assert [got[key] for key in exact] == [want[key] for key in exact]
+
+
+def test_a_run_over_context_parallel_ranks_goes_on_without(data, flags, straight, tmp_path):
+    """The same losses and evaluations, and a checkpoint that one rank can go on from."""
+    out, one = tmp_path / "out", tmp_path / "one"
+    evaluated = {"eval_shards": data / "eval"}
+    run_ranks(run, 2, flags(cp=2, cp_method="ulysses", **evaluated))
+    run_ranks(run, 1, flags(out=one, resume=whole_checkpoints(out)[0], **evaluated))
+    for got, want in zip(steps_of(out) + steps_of(one), steps_of(straight) + steps_of(straight)[3:], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+    evaluations = [line["eval_loss"] for folder in (out, one) for line in read_metrics(folder) if "eval_loss" in line]
+    assert len(evaluations) == 3
+    assert evaluations[1] == pytest.approx(evaluations[2], rel=1e-6)
 
 
 SWITCHES = {"recompute": "full", "dp_replicate": 2, "micro_packs": 2}
