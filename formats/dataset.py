@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from formats.manifest import Manifest, read_manifest
 from formats.schema import ALIGNMENTS, PACKS_SCHEMA
-from formats.shard import FileEntry, Shard, atomic_write, pack_digest
+from formats.shard import FileEntry, Shard, atomic_write, file_digest, pack_digest
 
 INDEX_NAME = "packs.arrow"
 REPORT_NAMES = ("report.json", "report.html")
@@ -147,3 +147,13 @@ class PackedDataset:
                 f"{self.folder / self._shard_names[number]}: row {int(self.index.row[index])} (pack {index}) is "
                 "damaged: its hash is not the one in packs.arrow; restore the shard from a copy or pack again"
             )
+
+    def check_files(self, part: int = 0, parts: int = 1) -> None:
+        """Compare every file that the manifest lists with its checksum, reading all bytes; ValueError names the first
+        that differs. `part` of `parts`: only every parts-th file, so that several processes can share the work."""
+        for entry in self.manifest.files[part::parts]:
+            if file_digest(self.folder / entry.name) != entry.xxh3_128:
+                raise ValueError(
+                    f"{self.folder / entry.name}: damaged, its checksum is not the one in the manifest; "
+                    "restore it from a copy or pack again"
+                )

@@ -106,6 +106,28 @@ def test_any_flipped_bit_of_a_pack_is_found(folder):
         reopened.check(6)
 
 
+def test_every_file_is_compared_with_its_checksum(folder):
+    PackedDataset(folder).check_files()
+    for name in ("shards/00001.arrow", "packs.arrow"):
+        path = folder / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+        damaged = PackedDataset(folder)
+        found = [part for part in range(3) if _damage(damaged, part, 3)]
+        assert len(found) == 1
+        with pytest.raises(ValueError, match=rf"{name}: damaged"):
+            damaged.check_files()
+        path.write_bytes(whole)
+
+
+def _damage(dataset, part, parts):
+    try:
+        dataset.check_files(part, parts)
+    except ValueError:
+        return True
+    return False
+
+
 def test_a_missing_manifest_means_unfinished(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"unfinished.*prep pack --resume"):
