@@ -113,20 +113,6 @@ CASES = {
         case("gather", 2, "packed for 8", dp_replicate=2, recompute="full"),
     ],
 }
-SLOW = {
-    world: [
-        case(method, cp, shards, model, dtype, micro_packs, recompute, **axes)
-        for method in METHODS
-        for shards in SHARDS
-        for model in ("llama", *FAMILIES)
-        for dtype in LIMIT
-        if (model, dtype) != ("phi3", torch.float64)  # its tables of angles are float32 in transformers
-        for micro_packs in (1, 2)
-        for recompute in ("none", "full")
-        for cp, axes in layouts
-    ]
-    for world, layouts in {2: [(2, {})], 4: [(4, {}), (2, {"dp_shard": 2}), (2, {"dp_replicate": 2})]}.items()
-}
 
 
 @pytest.fixture(scope="module")
@@ -145,30 +131,20 @@ def wanted(places, tmp_path_factory):
     return compute
 
 
-def check_cases(world, cases, places, wanted, timeout):
-    """Run the cases in one set of processes: starting them takes longer than a case."""
+@pytest.mark.parametrize("world", CASES)
+def test_loss_and_every_gradient_equal_the_documents_one_at_a_time(world, places, wanted):
+    cases = CASES[world]
     arguments = [
         (places[model], places[shards], config, dtype, wanted(model, shards, dtype)[1])
         for config, shards, model, dtype in cases
     ]
-    of_ranks = run_ranks(packed_steps, world, arguments, timeout=timeout)
+    # All in one set of processes: starting them takes longer than a case.
+    of_ranks = run_ranks(packed_steps, world, arguments, timeout=280)
     for (config, shards, model, dtype), *results in zip(cases, *of_ranks, strict=True):
         where = f"{config.layout} {config.data} {config.model.recompute} {shards} {model} {dtype}"
         for loss, error, parameter in results:
             assert loss == pytest.approx(wanted(model, shards, dtype)[0], rel=LIMIT[dtype]), where
             assert error <= LIMIT[dtype], f"{parameter}: {where}"
-
-
-@pytest.mark.parametrize("world", CASES)
-def test_loss_and_every_gradient_equal_the_documents_one_at_a_time(world, places, wanted):
-    check_cases(world, CASES[world], places, wanted, timeout=280)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("world", SLOW)
-def test_the_whole_product_equals_the_documents_one_at_a_time(world, places, wanted):
-    check_cases(world, SLOW[world], places, wanted, timeout=1700)
 
 
 PROBED = {"Llama": "llama", "a window and a softcap": "gemma2"}
