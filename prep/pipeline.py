@@ -1,7 +1,6 @@
 """`prep pack` from end to end: inputs → store → split → plan → shards → index, ledger, manifest."""
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -123,30 +122,23 @@ def open_store(inputs, out, encoding, *, workers, resume, progress) -> DocumentS
         return DocumentStore.open(stores[0])
     if encoding is None:
         raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
-    fresh = not store_path(out).exists()
     with progress.stage("encoding", "MB") as update:
 
         def report(p) -> None:
             note = f"{p.documents:,} documents, {p.tokens:,} tokens" + (f", {p.dropped:,} dropped" if p.dropped else "")
             update(p.bytes_done // 10**6, p.bytes // 10**6, note)
 
-        try:
-            return encode(
-                encoding.sources,
-                store_path(out),
-                encoding.options,
-                workers=workers,
-                resume=resume,
-                progress=report,
-                runner=encoding.runner,
-                ray_address=encoding.ray_address,
-            )
-        except ValueError:
-            # Bad input: what was encoded of it belongs to no store that could be finished. (What a full disk or a kill
-            # leaves can be finished, and stays.)
-            if fresh:
-                shutil.rmtree(store_path(out), ignore_errors=True)
-            raise
+        # Bad input leaves no store behind, but for the rejected records where there are too many: `encode` sees to it.
+        return encode(
+            encoding.sources,
+            store_path(out),
+            encoding.options,
+            workers=workers,
+            resume=resume,
+            progress=report,
+            runner=encoding.runner,
+            ray_address=encoding.ray_address,
+        )
 
 
 def store_path(out: Path) -> Path:

@@ -31,7 +31,7 @@ from prep.encode.store import (
     unit_path,
     write_selection,
 )
-from prep.encode.tokenizer import TokenizerFolder, read_tokenizer
+from prep.encode.tokenizer import TokenizerFolder, forget_tokenizers, read_tokenizer
 from prep.encode.tokens import can_be_fast
 from prep.encode.unit import Job, encode_unit
 from prep.engine.local import run_units
@@ -100,6 +100,9 @@ def encode(
     units = cut_units(files, sources, options.unit_bytes)
     fresh = not (store / "plan.json").exists() and unit_range is None
     _claim(store, plan, resume or unit_range is not None)
+    if runner != "local" or min(workers, len(units)) > 1:
+        del folder  # each worker loads its own
+        forget_tokenizers()
     run = _runner(runner, ray_address, workers)
     job = Job(str(store), options, tuple(sources), engine)
     with _alone(store, shared=unit_range is not None):

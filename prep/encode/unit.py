@@ -18,7 +18,7 @@ from prep.encode.records import RecordReader, Tokens
 from prep.encode.sources import SourceSpec, Unit
 from prep.encode.store import UnitResult, UnitWriter, finished_unit
 from prep.encode.templates import ChatTemplate
-from prep.encode.tokenizer import TokenizerFolder, read_tokenizer
+from prep.encode.tokenizer import TokenizerFolder, read_tokenizer, release_memory
 from prep.encode.tokens import EngineDiffersError, TokenEncoder, replace_rows, segment_sums, utf8_sizes
 from prep.ledger import Ledger
 
@@ -95,6 +95,8 @@ class _Encoder:
         self._job = job
         self.folder: TokenizerFolder = read_tokenizer(job.options.tokenizer)
         self.tokens = TokenEncoder(self.folder, job.engine)
+        _ = self.folder.byte_lengths  # the last large thing that a vocabulary needs
+        release_memory()
         self.fast = True
         self._chats: dict[int, ChatRenderer | None] = {}
         self._records: dict[int, RecordReader] = {}
