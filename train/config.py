@@ -31,7 +31,11 @@ class Data:
     eval_shards: str | None = _flag(None, "folder of packed shards to evaluate on")
     batch_packs: int = _flag(8, "packs per optimizer step, over all ranks")
     micro_packs: int = _flag(1, "packs in one forward row")
-    verify: str = _flag("pack", "check every pack's xxh3 before it is used", ("off", "pack"))
+    verify: str = _flag(
+        "pack",
+        "pack: check every pack's xxh3 before it is used; full: every file's checksum at start, too",
+        ("off", "pack", "full"),
+    )
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ def train(config: Config) -> None:
     model_config = hf.read_config(Path(config.model.model))
     dataset = open_shards(config.data.shards, model_config.vocab_size)
     eval_dataset = open_shards(config.data.eval_shards, model_config.vocab_size) if config.data.eval_shards else None
+    if config.data.verify == "full":
+        for opened in filter(None, (dataset, eval_dataset)):
+            # The ranks of a machine share the reading.
+            opened.check_files(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     manifest = dataset.manifest
     schedule = Schedule(
         len(dataset), manifest.order, manifest.block, config.run.seed, config.data.batch_packs, config.data.micro_packs
@@ -108,7 +112,7 @@ def train(config: Config) -> None:
         device=device,
         cut=cut,
         consumed=position.consumed,
-        verify=config.data.verify == "pack",
+        verify=config.data.verify != "off",
     )
     if position.step == 0:
         evaluation(0)

@@ -325,8 +325,8 @@ def spoil(case, folder, flags):
         return flags(resume=folder / "nowhere")
     if case == "no checkpoint there":
         return flags(resume=folder)
-    if case in ("mesh", "cp"):
-        return flags(**({"dp_replicate": 2} if case == "mesh" else {"cp": 2}))
+    if case in ("mesh", "tp"):
+        return flags(**({"dp_replicate": 2} if case == "mesh" else {"tp": 2}))
     if case == "sequence ids":
         return flags(shards=make_shards(shards, rows, capacity=160, align=4, kind="seqid"))
     if case == "vocabulary":
@@ -337,7 +337,7 @@ def spoil(case, folder, flags):
     elif case == "other version":
         text = (shards / "manifest.json").read_text()
         (shards / "manifest.json").write_text(text.replace('"format_version": 1', '"format_version": 99'))
-    elif case == "damaged":
+    elif case.startswith("damaged"):
         shard = shards / "shards" / "00000.arrow"
         content = bytearray(shard.read_bytes())
         content[content.find(rows[1][0].tobytes()) + 8] ^= 1
@@ -345,7 +345,7 @@ def spoil(case, folder, flags):
     elif case == "truncated":
         shard = shards / "shards" / "00000.arrow"
         shard.write_bytes(shard.read_bytes()[:-100])
-    return flags(shards=shards)
+    return flags(shards=shards, verify="full" if case == "damaged, looked at whole" else "pack")
 
 
 @pytest.mark.parametrize(
@@ -355,6 +355,7 @@ def spoil(case, folder, flags):
         ("unfinished", "unfinished"),
         ("other version", "format version 99"),
         ("damaged", "is damaged: its hash is not the one in packs.arrow"),
+        ("damaged, looked at whole", "00000.arrow: damaged, its checksum is not the one in the manifest"),
         ("truncated", "bytes, but the manifest says"),
         ("sequence ids", "prep convert"),
         ("vocabulary", "the model has 320 token embeddings, but"),
@@ -364,7 +365,7 @@ def spoil(case, folder, flags):
         ("checkpoint missing", "no such folder; say never, auto, or the path"),
         ("no checkpoint there", "no complete checkpoint"),
         ("mesh", "1 ranks cannot be divided by pp 1 × dp_replicate 2"),
-        ("cp", "--cp 2 is not driven yet"),
+        ("tp", "--tp 2 is not driven yet"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(case, says, flags, tmp_path):
