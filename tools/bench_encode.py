@@ -1,6 +1,6 @@
 """Speed and memory of `prep encode` against what people use, in one run, every result checked.
 
-    python tools/bench_encode.py --tokenizer MODEL [--megabytes 32] [--json bench_encode.json]
+    python tools/bench_encode.py --tokenizer MODEL [--megabytes 96] [--json bench_encode.json]
 
 Input: the real conversations of the demo packages, once as chats and once as plain texts, repeated in shuffled order
 up to the size (or `--chats` / `--texts` files of your own). Everything runs with 2 processes; the peers are
@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -124,43 +123,43 @@ def datasets_map(kind: str, path: Path, tokenizer: str, out: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
 
 
-def peak_memory(function) -> float:
-    """Largest sum of PSS over this process and its children while a function runs, in MB above what it began with."""
-    peak, stop = [0.0], threading.Event()
+def peak_memory(path: Path, tokenizer: str, out: Path, engine: str) -> float:
+    """Largest sum of PSS, in MB, over `prep encode` with 2 workers and all its processes."""
+    command = [sys.executable, "-m", "prep.cli", "encode", path, "--out", out, "--tokenizer", tokenizer, "--quiet"]
+    process = subprocess.Popen([*command, "--workers", str(PROCESSES), "--tokenizer-engine", engine], cwd=ROOT)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(map(_pss, _family(process.pid))))
+        time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(f"prep encode failed on {path.name}")
+    return peak / 1e3
 
-    def family() -> list[int]:
-        found, todo = [], [int(Path("/proc/self").resolve().name)]
-        while todo:
-            pid = todo.pop()
-            found.append(pid)
-            try:
-                todo += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-            except OSError:
-                continue
-        return found
 
-    def total() -> float:
-        kilobytes = 0
-        for pid in family():
-            try:
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-            except OSError:
-                continue
-        return kilobytes / 1e3
-
-    def watch() -> None:
-        while not stop.wait(0.1):
-            peak[0] = max(peak[0], total())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+def _family(pid: int) -> list[int]:
     try:
-        function()
-    finally:
-        stop.set()
-        watcher.join()
-    return peak[0]
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(member for child in children for member in _family(int(child)))]
+
+
+def _pss(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def write_large(path: Path, texts: Path) -> None:
+    """Four records of 16 MB each, so that both workers hold one at a time, and one of about 300,000 tokens."""
+    words = "\n\n".join(json.loads(line)["text"] for line in texts.read_text(encoding="utf-8").splitlines())
+    words *= 1 + 16_000_000 // len(words.encode())
+    large = words.encode()[:16_000_000].decode(errors="ignore")
+    with open(path, "w", encoding="utf-8") as file:
+        for text in (large, large, words[:1_200_000], large, large):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
 def cpu_seconds() -> float:
@@ -188,7 +187,7 @@ def measure(contenders: dict, rounds: int, work: Path) -> tuple[dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--megabytes", type=float, default=32)
+    parser.add_argument("--megabytes", type=float, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chats", type=Path)
     parser.add_argument("--texts", type=Path)
@@ -216,15 +215,19 @@ def main() -> None:
                 times = seconds["datasets.map"] / seconds[name]
                 share = 100 * rate / rates["floor"]
                 figures = f"{rate:8.1f} MB/s   {times:6.2f} x datasets.map   {share:5.1f} % of the floor"
-                print(f"  {name:<14} {figures}   {cpu[name]:6.1f} CPU s")
+                print(f"  {name:<14} {figures}   {cpu[name]:6.1f} CPU s", flush=True)
             report[kind] = {"megabytes": size, "seconds": seconds, "cpu_seconds": cpu}
-        ours(chats, arguments.tokenizer, work / "memory", "auto")  # warm
-        for factor in (1, 4):
-            big = work / f"big{factor}.jsonl"
-            big.write_bytes(chats.read_bytes() * factor)
-            peak = peak_memory(lambda big=big, f=factor: ours(big, arguments.tokenizer, work / f"peak{f}", "auto"))
-            print(f"peak PSS, input x {factor}: {peak:.0f} MB")
-            report[f"peak_pss_mb_x{factor}"] = peak
+        large = work / "large.jsonl"
+        write_large(large, texts)
+        inputs = {"chats": chats, "chats x 4": work / "four.jsonl", "records of 16 MB": large}
+        inputs["chats x 4"].write_bytes(chats.read_bytes() * 4)
+        report["peak_pss_mb"] = {}
+        for name, path in inputs.items():
+            for engine in ("auto", "hf") if path == large else ("auto",):
+                peak = peak_memory(path, arguments.tokenizer, work / "peak", engine)
+                shutil.rmtree(work / "peak")
+                print(f"peak of summed PSS, {PROCESSES} workers, {name}, engine {engine}: {peak:.0f} MB", flush=True)
+                report["peak_pss_mb"][f"{name}, {engine}"] = peak
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
 
