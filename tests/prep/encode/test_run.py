@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -567,20 +566,43 @@ def test_a_full_disk_is_an_error_that_can_be_resumed(tmp_path, byte_level, monke
     assert digest(tmp_path / "s") == digest(tmp_path / "whole")
 
 
+CTRL_C_AFTER_THREE_UNITS = """
+import os, signal
+import prep.encode.run as run
+from prep.encode.command import encode
+
+real, done = run.run_units, []
+
+def interrupted(function, units, workers, on_done):
+    def note(unit, result):
+        done.append(unit)
+        if on_done:
+            on_done(unit, result)
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+    return real(function, units, workers, note)
+
+if __name__ == "__main__":
+    run.run_units = interrupted
+    encode()
+"""
+
+
 def test_ctrl_c_ends_cleanly_and_can_be_resumed(tmp_path, byte_level):
-    path = write_jsonl(tmp_path / "a.jsonl", chats(20000))
-    program = [sys.executable, "-c", "from prep.encode.command import encode; encode()", path, "--out", tmp_path / "s"]
-    program += ["--tokenizer", byte_level, "--workers", "2", "--unit-bytes", "5000"]
-    process = subprocess.Popen(program, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "s" / "units" / "00002.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "go on with --resume" in errors
-    assert "Traceback" not in errors
+    path = write_jsonl(tmp_path / "a.jsonl", chats(500))
+    (tmp_path / "program.py").write_text(CTRL_C_AFTER_THREE_UNITS)
+    program = [sys.executable, tmp_path / "program.py", path, "--out", tmp_path / "s"]
+    program += ["--tokenizer", byte_level, "--workers", "2", "--unit-bytes", "2000"]
+    done = subprocess.run(
+        program, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "go on with --resume" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not list((tmp_path / "s").rglob("*.tmp"))
+    run(path, tmp_path / "whole", byte_level, unit_bytes=2000)
+    run(path, tmp_path / "s", byte_level, unit_bytes=2000, resume=True)
+    assert digest(tmp_path / "s") == digest(tmp_path / "whole")
 
 
 def test_a_unit_in_which_the_fast_engine_differs_is_done_again_with_hf(tmp_path, byte_level, monkeypatch):
