@@ -152,3 +152,9 @@ def test_the_table_refuses_and_allows_what_it_says(row):
 
 def test_the_defaults_are_supported():
     check(parse(NEEDED))
+
+
+def test_the_readme_shows_the_table():
+    text = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- matrix -->\n")[1].split("\n<!-- /matrix -->")[0]
+    assert shown == matrix(), "paste what `python -c 'from train.config import matrix; print(matrix())'` prints"
