@@ -583,6 +583,8 @@ def interrupted(function, units, workers, on_done):
     return real(function, units, workers, note)
 
 if __name__ == "__main__":
+    # A suite that was started in the background hands its children an ignored SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run.run_units = interrupted
     encode()
 """
