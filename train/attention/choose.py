@@ -13,12 +13,14 @@ BACKENDS = {backend.name: backend for backend in (TORCH, CPU)}  # in the order i
 CANNOT_ISOLATE = ("sdpa", "eager", "math")
 
 
-def choose_backend(name: str, device: str, dtype: torch.dtype, head_dim: int, *, softcap: bool = False) -> Backend:
+def choose_backend(
+    name: str, device: str, dtype: torch.dtype, head_dim: int, *, softcap: bool = False, sinks: bool = False
+) -> Backend:
     """Return the kernel `name`, or for "auto" the first of `BACKENDS` that can serve the model.
 
     Raises ValueError saying why a kernel is refused, and which can be used instead.
     """
-    refusals = {b.name: b.refusal(device, dtype, head_dim, softcap) for b in BACKENDS.values()}
+    refusals = {b.name: b.refusal(device, dtype, head_dim, softcap, sinks) for b in BACKENDS.values()}
     usable = [backend for backend, reason in refusals.items() if reason is None]
     instead = f"use {' or '.join(usable)}" if usable else "no kernel can serve this model on this device"
     if name in CANNOT_ISOLATE:
@@ -46,14 +48,16 @@ def varlen_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention inside each document of a packed row: `out_TNH`, same dtype as `q_TNH`.
 
     `keys` are the segments of keys and values where they are not those of the queries (U tokens instead of T); the last
     query of a segment stands at its last key.
     `scale` multiplies the scores; `window` is the number of visible keys, the query's own included; `softcap` bounds
-    the scores by `softcap·tanh(score/softcap)`.
+    the scores by `softcap·tanh(score/softcap)`. `sinks` [N] are one learned logit a head that joins the denominator of
+    each softmax (GPT-OSS); they get a gradient.
     """
     keys = segments if keys is None else keys
     layout = segments.cu_seqlens, keys.cu_seqlens, segments.max_seqlen, keys.max_seqlen
-    return BACKENDS[backend].op(q_TNH, k_UKH, v_UKH, *layout, scale, window, softcap)[0]
+    return BACKENDS[backend].op(q_TNH, k_UKH, v_UKH, *layout, scale, window, softcap, sinks)[0]

@@ -9,6 +9,10 @@ Attention is causal, aligned bottom-right (the last query sees the last key). `a
 `torch.library.custom_op` with a fake and an autograd formula, so a compiled block has no graph break, and recompute
 policies can name it. The log-sum-exp is an output without gradient: ring attention calls `backward` with the merged
 one.
+
+Attention *sinks* (GPT-OSS) are one learned logit a head that joins the denominator of every softmax and has no value.
+No kernel needs to know of them: they scale the output by σ(lse − sink) and raise the log-sum-exp to that of keys and
+sink together, from which a kernel's backward makes the right gradients of q, k and v (`join_sinks`, `sinks_gradient`).
 """
 
 from collections.abc import Callable
@@ -67,8 +71,9 @@ class Part:
 class Backend:
     """A kernel as the rest of the trainer sees it, and what it can do.
 
-    `op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, window, softcap)` returns `out_TNH` and
-    `lse_NT`; `backward(grad_out, q, k, v, out, lse, …the same seven)` returns the gradients of q, k and v.
+    `op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, window, softcap, sinks)` returns `out_TNH` and
+    `lse_NT`, the sinks [N] (floating point, any type) included; it has gradients for q, k, v and sinks.
+    `backward(grad_out, q, k, v, out, lse, …the same seven)` returns the gradients of q, k and v.
     """
 
     name: str
@@ -77,10 +82,11 @@ class Backend:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     softcap: bool
+    sinks: bool = True
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
 
-    def refusal(self, device: str, dtype: torch.dtype, head_dim: int, softcap: bool) -> str | None:
+    def refusal(self, device: str, dtype: torch.dtype, head_dim: int, softcap: bool, sinks: bool) -> str | None:
         """Why this kernel cannot serve the model, or None when it can."""
         if device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, not on {device}"
@@ -88,6 +94,8 @@ class Backend:
             return f"it computes in {', '.join(str(d)[6:] for d in self.dtypes)}, not in {str(dtype)[6:]}"
         if softcap and not self.softcap:
             return "it has no softcap on the scores, which this model needs"
+        if sinks and not self.sinks:
+            return "it has no attention sinks, which this model needs"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"its heads have at most {self.max_head_dim} dimensions, this model's have {head_dim}"
         if head_dim % self.head_dim_multiple:
@@ -95,14 +103,43 @@ class Backend:
         return None
 
 
+def join_sinks(out_TNH: Tensor, lse_NT: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention without sinks → those with them. Rows without keys stay 0."""
+    sinks_N1 = sinks_N.to(lse_NT.dtype)[:, None]
+    weight_TN1 = torch.sigmoid(lse_NT - sinks_N1).t()[..., None]
+    return (out_TNH * weight_TN1).to(out_TNH.dtype), torch.logaddexp(lse_NT, sinks_N1)
+
+
+def sinks_gradient(grad_out_TNH: Tensor, out_TNH: Tensor, lse_NT: Tensor, sinks_N: Tensor) -> Tensor:
+    """Gradient of the sinks, in their type, from the output and log-sum-exp with them.
+
+    The weight of a sink is exp(sink − lse), and its value is 0: softmax's backward leaves −weight · (grad_out · out).
+    """
+    wide = lse_NT.dtype
+    delta_NT = (grad_out_TNH.to(wide) * out_TNH.to(wide)).sum(-1).t()
+    return -(torch.exp(sinks_N.to(wide)[:, None] - lse_NT) * delta_NT).sum(1).to(sinks_N.dtype)
+
+
 def as_op(name: str, forward: Callable, backward: Callable) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Register `meshpack::<name>` (and its backward as `meshpack::<name>_backward`) and return the operator."""
+    """Register `meshpack::<name>` (and its backward as `meshpack::<name>_backward`) and return the operator.
+
+    `forward` and `backward` are those of the kernel, which need not know of sinks.
+    """
     # Explicit schemas: both functions then share one meaning of the optional arguments, whatever their annotations.
     tensors = "Tensor q, Tensor k, Tensor v"
     layout = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k"
     options = "float scale, int? window, float? softcap"
+
+    def with_sinks(q, k, v, *layout_and_options):
+        *layout_and_options, sinks = layout_and_options
+        out, lse = forward(q, k, v, *layout_and_options)
+        return (out, lse) if sinks is None else join_sinks(out, lse, sinks)
+
     op = torch.library.custom_op(
-        f"meshpack::{name}", forward, mutates_args=(), schema=f"({tensors}, {layout}, {options}) -> (Tensor, Tensor)"
+        f"meshpack::{name}",
+        with_sinks,
+        mutates_args=(),
+        schema=f"({tensors}, {layout}, {options}, Tensor? sinks) -> (Tensor, Tensor)",
     )
     grad_op = torch.library.custom_op(
         f"meshpack::{name}_backward",
@@ -123,11 +160,14 @@ def as_op(name: str, forward: Callable, backward: Callable) -> Callable[..., tup
         return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
 
     def setup_context(ctx, inputs, output):
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.sizes_and_options = inputs
-        ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.sizes_and_options, sinks = inputs
+        ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, sinks)
 
     def autograd(ctx, grad_out, grad_lse):
-        return *grad_op(grad_out, *ctx.saved_tensors, *ctx.sizes_and_options), *[None] * 7
+        *tensors, sinks = ctx.saved_tensors
+        _, _, _, out, lse, _, _ = tensors
+        grad_sinks = None if sinks is None else sinks_gradient(grad_out, out, lse, sinks)
+        return *grad_op(grad_out, *tensors, *ctx.sizes_and_options), *[None] * 7, grad_sinks
 
     op.register_autograd(autograd, setup_context=setup_context)
     return op

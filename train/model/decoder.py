@@ -44,10 +44,17 @@ class AttentionCore(nn.Module):
         self.scale, self.softcap, self.window = config.attention_scale, config.attention_softcap, layer.window
 
     def forward(
-        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, keys: Segments | None = None
+        self,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        segments: Segments,
+        keys: Segments | None = None,
+        sinks_N: Tensor | None = None,
     ) -> Tensor:
-        """`keys` are the segments of `k_TKH` and `v_TKH` where they are not those of the queries."""
-        options = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
+        """`keys` are the segments of `k_TKH` and `v_TKH` where they are not those of the queries; `sinks_N` is a
+        learned logit a head: a parameter of `Attention`, passed by keyword, so that replacing the core moves none."""
+        options = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": sinks_N}
         return varlen_attention(q_TNH, k_TKH, v_TKH, segments, keys, backend=self.backend, **options)
 
 

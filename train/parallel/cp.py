@@ -61,7 +61,9 @@ class _Exchange(nn.Module):
 
 
 class GatherAttention(_Exchange):
-    def forward(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> Tensor:
+    def forward(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, sinks_N: Tensor | None = None
+    ) -> Tensor:
         part = _part(segments)
         kv = AllGather.apply(torch.stack((k_TKH, v_TKH), dim=1), self.group)  # [C·T, 2, K, H]
         if part.key_rows is not None:
@@ -71,11 +73,13 @@ class GatherAttention(_Exchange):
             # with the last key. Documents before have keys and no queries. Lengths stay the same from row to row.
             stop = (self.rank + 1) * len(q_TNH)
             kv, ends = kv[:stop], part.row_cu_seqlens.clamp(max=stop)
-        return self.core(q_TNH, *kv.unbind(1), segments, Segments(ends, part.row_max_seqlen))
+        return self.core(q_TNH, *kv.unbind(1), segments, Segments(ends, part.row_max_seqlen), sinks_N)
 
 
 class NeededAttention(_Exchange):
-    def forward(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> Tensor:
+    def forward(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, sinks_N: Tensor | None = None
+    ) -> Tensor:
         part, tokens = _part(segments), len(q_TNH)
         counts = needed_counts(part.first_keys, tokens, self.core.window)
         own, kv = self.rank, torch.stack((k_TKH, v_TKH), dim=1)  # [T, 2, K, H]
@@ -87,7 +91,7 @@ class NeededAttention(_Exchange):
         stop = (own + 1) * tokens
         first = stop - len(kv)
         ends = part.row_cu_seqlens.clamp(first, stop) - first
-        return self.core(q_TNH, *kv.unbind(1), segments, Segments(ends, part.row_max_seqlen))
+        return self.core(q_TNH, *kv.unbind(1), segments, Segments(ends, part.row_max_seqlen), sinks_N)
 
 
 def needed_counts(first_keys: tuple[int, ...], tokens: int, window: int | None) -> list[list[int]]:
@@ -104,7 +108,9 @@ def needed_counts(first_keys: tuple[int, ...], tokens: int, window: int | None) 
 
 
 class UlyssesAttention(_Exchange):
-    def forward(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> Tensor:
+    def forward(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, sinks_N: Tensor | None = None
+    ) -> Tensor:
         part, tokens = _part(segments), len(q_TNH)
         if (copies := self.size // k_TKH.shape[1]) > 1:
             k_TKH, v_TKH = (x.repeat_interleave(copies, dim=1) for x in (k_TKH, v_TKH))
@@ -113,7 +119,8 @@ class UlyssesAttention(_Exchange):
         heads = [x.shape[2] for x in shares]
         packed = torch.cat(shares, dim=2).transpose(0, 1).flatten(0, 1)
         q, k, v = self._swap(packed, tokens).split(heads, dim=1)  # each [C·T, its heads, H]
-        out = self.core(q, k, v, Segments(part.row_cu_seqlens, part.row_max_seqlen))
+        sinks = None if sinks_N is None else sinks_N.unflatten(0, (self.size, -1))[self.rank]
+        out = self.core(q, k, v, Segments(part.row_cu_seqlens, part.row_max_seqlen), sinks_N=sinks)
         # Back: rank c returns its heads of this rank's tokens.
         return self._swap(out, tokens).unflatten(0, (self.size, tokens)).transpose(0, 1).flatten(1, 2)
 

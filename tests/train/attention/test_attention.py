@@ -21,7 +21,7 @@ def heads(lengths, query_heads=6, kv_heads=2, head_dim=16, dtype=torch.float64, 
     ]
 
 
-def plain(q, k, v, lengths_q, lengths_k, scale, window, softcap):
+def plain(q, k, v, lengths_q, lengths_k, scale, window, softcap, sinks=None):
     """Document by document with a full matrix of scores; bottom-right causal. Returns out and lse."""
     outs, lses, group = [], [], q.shape[1] // k.shape[1]
     documents = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
@@ -34,7 +34,9 @@ def plain(q, k, v, lengths_q, lengths_k, scale, window, softcap):
         distance_back = torch.arange(rows)[:, None] + (columns - rows) - torch.arange(columns)
         hidden = (distance_back < 0) | (distance_back >= (window or columns + 1))
         scores = scores.masked_fill(hidden.to(scores.device), -torch.inf)
-        outs.append(torch.einsum("ntu,unh->tnh", scores.softmax(-1), v_doc))
+        if sinks is not None:  # a key of its own for every head, with value 0
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, rows, 1)), dim=2)
+        outs.append(torch.einsum("ntu,unh->tnh", scores.softmax(-1)[:, :, :columns], v_doc))
         lses.append(scores.logsumexp(-1))
     return torch.cat(outs), torch.cat(lses, dim=1)
 
@@ -46,7 +48,7 @@ def test_cpu_equals_plain(window, softcap, dtype, bound):
     segments = Segments.of(LENGTHS)
     out = varlen_attention(*inputs, segments, backend="cpu", scale=0.3, window=window, softcap=softcap)
     reference_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    reference, _ = plain(*reference_inputs, LENGTHS, LENGTHS, 0.3, window, softcap)
+    reference, _ = plain(*reference_inputs, LENGTHS, LENGTHS, 0.3, window, softcap, None)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert out.dtype == dtype
     assert out.is_contiguous()
@@ -63,8 +65,8 @@ def test_cpu_with_more_keys_than_queries(window, softcap):
     q, _, _ = heads(lengths_q)
     _, k, v = heads(lengths_k, seed=1)
     ends_q, ends_k = Segments.of(lengths_q).cu_seqlens, Segments.of(lengths_k).cu_seqlens
-    out, lse = BACKENDS["cpu"].op(q, k, v, ends_q, ends_k, 520, 530, 0.3, window, softcap)
-    reference, reference_lse = plain(q, k, v, lengths_q, lengths_k, 0.3, window, softcap)
+    out, lse = BACKENDS["cpu"].op(q, k, v, ends_q, ends_k, 520, 530, 0.3, window, softcap, None)
+    reference, reference_lse = plain(q, k, v, lengths_q, lengths_k, 0.3, window, softcap, None)
     assert distance(out, reference) <= 1e-13
     assert distance(lse, reference_lse) <= 1e-13
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -73,12 +75,43 @@ def test_cpu_with_more_keys_than_queries(window, softcap):
     assert all(distance(a, b) <= 1e-13 for a, b in zip(grads, expected, strict=True))
 
 
+@pytest.mark.parametrize(("window", "softcap"), FEATURES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+def test_sinks_join_every_softmax(window, softcap, dtype, bound):
+    """Sinks in another type than the heads, as a model that computes in bfloat16 may keep them."""
+    inputs = [*heads(LENGTHS, dtype=dtype), torch.linspace(-2.0, 3.0, 6, dtype=torch.float64).requires_grad_()]
+    *qkv, sinks = inputs
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    out = varlen_attention(*qkv, Segments.of(LENGTHS), backend="cpu", sinks=sinks, **options)
+    reference_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    *reference_qkv, reference_sinks = reference_inputs
+    reference, _ = plain(*reference_qkv, LENGTHS, LENGTHS, **options, sinks=reference_sinks)
+    assert distance(out, reference) <= bound
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(out, inputs, upstream.to(dtype))
+    expected = torch.autograd.grad(reference, reference_inputs, upstream)
+    assert all(distance(a, b) <= bound for a, b in zip(grads, expected, strict=True))
+
+
+def test_sinks_leave_rows_without_documents_and_keys_at_zero():
+    q, k, v = heads([3, 4])
+    sinks = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    ends = torch.tensor([0, 3], dtype=torch.int32)
+    out, lse = BACKENDS["cpu"].op(q, k, v, ends, ends, 3, 3, 0.3, None, None, sinks)
+    assert not out[3:].any()
+    assert (lse[:, 3:] == 0).all()
+    (grad,) = torch.autograd.grad(out.square().sum(), sinks, retain_graph=True)
+    (of_document,) = torch.autograd.grad(out[:3].square().sum(), sinks)
+    assert torch.equal(grad, of_document)
+    assert grad.isfinite().all()
+
+
 def test_cpu_query_without_visible_key_is_zero():
     """More queries than keys: the first see nothing; their row is 0, their log-sum-exp −inf, no gradient is nan."""
     q, _, _ = heads([5])
     _, k, v = heads([3], seed=1)
     ends_q, ends_k = Segments.of([5]).cu_seqlens, Segments.of([3]).cu_seqlens
-    out, lse = BACKENDS["cpu"].op(q, k, v, ends_q, ends_k, 5, 3, 0.3, None, None)
+    out, lse = BACKENDS["cpu"].op(q, k, v, ends_q, ends_k, 5, 3, 0.3, None, None, None)
     assert not out[:2].any()
     assert (lse[:, :2] == -torch.inf).all()
     assert distance(out[2:], plain(q[2:], k, v, [3], [3], 0.3, None, None)[0]) <= 1e-13
@@ -113,7 +146,10 @@ def test_operator_is_well_formed(window, softcap):
     """Schema, fake tensors, autograd registration and tracing, by torch's own checks."""
     q, k, v = heads([3, 9], dtype=torch.float32)
     ends = torch.tensor([0, 3, 12, 12], dtype=torch.int32)
-    torch.library.opcheck(torch.ops.meshpack.attention_cpu, (q, k, v, ends, ends, 9, 9, 0.3, window, softcap))
+    layout = ends, ends, 9, 9
+    sinks = torch.zeros(6, requires_grad=True)
+    for extra in (None, sinks):
+        torch.library.opcheck(torch.ops.meshpack.attention_cpu, (q, k, v, *layout, 0.3, window, softcap, extra))
 
 
 def test_auto_takes_what_can_serve():
