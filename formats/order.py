@@ -5,6 +5,9 @@ follows from it and from the world size alone, so a run resumes at any other wor
 a pack.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 EMPTY = -1
@@ -47,6 +50,51 @@ def epoch_order(num_packs: int, order: str, block: int, seed: int, epoch: int) -
     blocks = permutation(whole, seed, epoch)
     head = (blocks[:, None] * block + np.arange(block)).ravel()
     return np.concatenate([head, np.arange(whole * block, num_packs)])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One folder of a mixture: `num_packs` packs in its own `order` (and `block`), of which an epoch of the mixture
+    takes the next `share`, beginning anew (and permuted anew) after each pass."""
+
+    num_packs: int
+    order: str
+    block: int
+    share: int
+
+
+def shares(num_packs: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Packs that each folder gives to an epoch of Σ num_packs, in the ratio of `weights`, exact to one pack (largest
+    remainders; of equal ones the first)."""
+    total, weight = sum(num_packs), sum(weights)
+    exact = [total * w / weight for w in weights]
+    given = [int(x) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: given[i] - exact[i])
+    for i in by_remainder[: total - sum(given)]:
+        given[i] += 1
+    return given
+
+
+def mixed_order(streams: Sequence[Stream], seed: int, epoch: int) -> np.ndarray:
+    """Pack ids in the order in which `epoch` of a mixture trains them, int64[Σ share]; the ids of a folder follow those
+    of the one before.
+
+    The folders' packs are spread evenly: pack k of a share of n stands at (k + ½)/n of the epoch, so every stretch has
+    the ratio of the shares, to about a pack (or a block of like cost, which stays together) of each. Every num_packs
+    draws from a folder hold each of its packs exactly once, over the ends of epochs too.
+    """
+    ids, times, first = [], [], 0
+    for stream in streams:
+        drawn = np.arange(epoch * stream.share, (epoch + 1) * stream.share)
+        unit = stream.block if stream.order == "cost" else 1
+        passes = range(drawn[0] // stream.num_packs, drawn[-1] // stream.num_packs + 1) if len(drawn) else ()
+        order = [epoch_order(stream.num_packs, stream.order, stream.block, seed, i) for i in passes]
+        own = np.concatenate(order)[drawn - passes[0] * stream.num_packs] if len(drawn) else drawn
+        ids.append(first + own)
+        into_block = drawn % stream.num_packs % unit
+        times.append((drawn - into_block - epoch * stream.share + unit / 2) / max(1, stream.share))
+        first += stream.num_packs
+    return np.concatenate(ids)[np.argsort(np.concatenate(times), kind="stable")]
 
 
 def steps_per_epoch(num_packs: int, batch_packs: int) -> int:

@@ -27,8 +27,12 @@ def _flag(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
 class Data:
     """Where the packs come from and how many make a step."""
 
-    shards: str | None = _flag(None, "folder of packed shards to train on (written by `prep pack`)")
-    eval_shards: str | None = _flag(None, "folder of packed shards to evaluate on")
+    shards: tuple[str, ...] = _flag(
+        (),
+        "folder of packed shards to train on (written by `prep pack`); several times for several folders, "
+        "DIR:WEIGHT to mix them by weight",
+    )
+    eval_shards: tuple[str, ...] = _flag((), "folder of packed shards to evaluate on; several times for several sets")
     batch_packs: int = _flag(8, "packs per optimizer step, over all ranks")
     micro_packs: int = _flag(1, "packs in one forward row")
     verify: str = _flag(
@@ -265,6 +269,9 @@ def _add_flag(group: argparse._ArgumentGroup, leaf: dataclasses.Field) -> None:
     if leaf.type is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, help=leaf.metadata["help"] + default)
         return
+    if _base_type(leaf) is tuple:
+        group.add_argument(name, action="append", metavar="DIR", help=leaf.metadata["help"])
+        return
     choices = leaf.metadata["choices"]
     group.add_argument(
         name, metavar="|".join(choices) if choices else _base_type(leaf).__name__.upper(), help=help_text
@@ -297,7 +304,9 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _base_type(leaf: dataclasses.Field) -> type:
-    """The type of a leaf without its `| None`."""
+    """The type of a leaf without its `| None`; `tuple` for several strings."""
+    if typing.get_origin(leaf.type) is tuple:
+        return tuple
     if isinstance(leaf.type, types.UnionType):
         return next(t for t in typing.get_args(leaf.type) if t is not type(None))
     return leaf.type
@@ -311,6 +320,11 @@ def _convert(name: str, value: Any) -> Any:
         if value not in (True, False, "true", "false"):
             raise ValueError(f"{flag} must be true or false, not {value!r}")
         return value in (True, "true")
+    if kind is tuple:  # a list from the command line, a list or one string from the file
+        values = [value] if isinstance(value, str) else value
+        if not (isinstance(values, list) and all(isinstance(item, str) and item for item in values)):
+            raise ValueError(f"{flag} takes one string or a list of them, not {value!r}")
+        return tuple(values)
     if not isinstance(value, str) or value == "":
         raise ValueError(f"{flag} takes one {kind.__name__}, not {value!r}")
     try:

@@ -15,7 +15,16 @@ import torch
 
 from formats.dataset import PackedDataset
 from formats.layout import align_up
-from formats.order import EMPTY, accumulation, epoch_order, rank_positions, step_span, steps_per_epoch
+from formats.order import (
+    EMPTY,
+    Stream,
+    accumulation,
+    epoch_order,
+    mixed_order,
+    rank_positions,
+    step_span,
+    steps_per_epoch,
+)
 from train.cut import WHOLE, Cut
 from train.row import MicroBatch, Row
 
@@ -54,12 +63,16 @@ class Schedule:
     seed: int
     batch_packs: int
     micro_packs: int
+    streams: tuple[Stream, ...] = ()
+    """The folders of a mixture, whose shares add up to `num_packs`; `order` and `block` are then their own."""
 
     def steps(self, epochs: int) -> int:
         """Optimizer steps that `epochs` passes make; the last of an epoch may be short."""
         return epochs * steps_per_epoch(self.num_packs, self.batch_packs)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
+        if self.streams:
+            return mixed_order(self.streams, self.seed, epoch)
         return epoch_order(self.num_packs, self.order, self.block, self.seed, epoch)
 
     def rank_packs(self, start: int, stop: int, order: np.ndarray, dp_rank: int, dp_size: int) -> np.ndarray:

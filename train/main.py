@@ -30,6 +30,7 @@ from train.cut import choose_cut
 from train.data import PackedLoader, Schedule, open_shards
 from train.mesh import Mesh, build_mesh, pick_device, set_threads, start_process_group
 from train.metrics import Metrics, memory_bytes
+from train.mix import open_training
 from train.model.decoder import Decoder
 from train.optim import build_optimizer, learning_rate
 from train.outdir import claim
@@ -46,20 +47,24 @@ def train(config: Config) -> None:
 
     # Data first: what is wrong with it shows before a weight is read.
     model_config = hf.read_config(Path(config.model.model))
-    dataset = open_shards(config.data.shards, model_config.vocab_size)
-    eval_dataset = open_shards(config.data.eval_shards, model_config.vocab_size) if config.data.eval_shards else None
+    training = open_training(
+        config.data.shards,
+        model_config.vocab_size,
+        seed=config.run.seed,
+        batch_packs=config.data.batch_packs,
+        micro_packs=config.data.micro_packs,
+    )
+    dataset, schedule = training.dataset, training.schedule
+    eval_datasets = {folder: open_shards(folder, model_config.vocab_size) for folder in config.data.eval_shards}
     if config.data.verify == "full":
-        for opened in filter(None, (dataset, eval_dataset)):
+        for opened in (dataset, *eval_datasets.values()):
             # The ranks of a machine share the reading.
             opened.check_files(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     manifest = dataset.manifest
-    schedule = Schedule(
-        len(dataset), manifest.order, manifest.block, config.run.seed, config.data.batch_packs, config.data.micro_packs
-    )
     steps = schedule.steps(config.run.epochs)
     steps = min(config.run.steps, steps) if config.run.steps else steps
     cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, manifest)
-    data_state = DataState((manifest.fingerprint,), (1.0,), config.run.seed, config.data.batch_packs)
+    data_state = DataState(training.fingerprints, training.weights, config.run.seed, config.data.batch_packs)
 
     # Where this run begins: at 0, or at a checkpoint that fits.
     checkpoint = claim(config)
@@ -98,10 +103,12 @@ def train(config: Config) -> None:
         f"{steps:,} steps of {config.data.batch_packs} packs"
         + (f"; resumed at step {position.step} from {checkpoint}" if checkpoint else "")
     )
+    if training.summary:
+        metrics.say(f"mixture: {training.summary}")
 
     def evaluation(step: int) -> None:
-        if eval_dataset is not None:
-            metrics.evaluation(step, *evaluate_packs(config, model, mesh, eval_dataset, device, metrics))
+        for folder, eval_dataset in eval_datasets.items():
+            metrics.evaluation(step, folder, *evaluate_packs(config, model, mesh, eval_dataset, device, metrics))
 
     stop = StopSignal()
     loader = PackedLoader(

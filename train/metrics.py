@@ -105,13 +105,18 @@ class Metrics:
             if done == rounds:
                 self._progress.remove_task(self._eval_task)
 
-    def evaluation(self, step: int, loss: float, targets: int) -> None:
-        """Record the mean loss over the target tokens of the evaluation packs after `step` steps."""
+    def evaluation(self, step: int, folder: str, loss: float, targets: int) -> None:
+        """Record the mean loss over the target tokens of the evaluation packs of `folder` after `step` steps."""
         if self._enabled:
             self._write(
-                {"step": step, "eval_loss": loss if math.isfinite(loss) else None, "eval_target_tokens": targets}
+                {
+                    "step": step,
+                    "eval_shards": folder,
+                    "eval_loss": loss if math.isfinite(loss) else None,
+                    "eval_target_tokens": targets,
+                }
             )
-            self.say(f"step {step}  eval loss {loss:.4f} over {targets:,} target tokens")
+            self.say(f"step {step}  eval loss {loss:.4f} over {targets:,} target tokens of {folder}")
 
     def say(self, text: str) -> None:
         """A line for the person who watches, above the live line."""

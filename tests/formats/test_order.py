@@ -5,6 +5,7 @@ import pytest
 
 from formats import order
 
+MIXED = [13, 1, 23, 24, 3, 17, 18, 19, 3, 4, 20, 21, 22, 26, 2, 11, 12, 13, 0, 5, 6, 7, 1, 1, 8, 9]
 PINNED = [1, 8, 9, 3, 6, 5, 0, 7, 4, 2]
 
 
@@ -73,3 +74,50 @@ def test_neighbours_run_at_the_same_time_on_different_ranks():
     got = [order.rank_positions(8, 16, 8, 2, r, 2).tolist() for r in range(2)]
     assert got == [[[8, 10], [12, 14]], [[9, 11], [13, 15]]]
     assert order.rank_positions(8, 11, 8, 1, 1, 2).tolist() == [[9], [-1], [-1], [-1]]
+
+
+STREAMS = (order.Stream(5, "shuffle", 0, 8), order.Stream(20, "cost", 3, 17), order.Stream(3, "input", 0, 1))
+
+
+def test_a_mixture_of_one_whole_folder_is_that_folder():
+    for epoch in range(3):
+        alone = order.epoch_order(23, "cost", 5, 7, epoch)
+        assert order.mixed_order([order.Stream(23, "cost", 5, 23)], 7, epoch).tolist() == alone.tolist()
+
+
+def test_a_mixture_goes_through_each_folder_pass_by_pass():
+    """Over many epochs, what is drawn from a folder is its own epochs one after the other."""
+    drawn = np.concatenate([order.mixed_order(STREAMS, 7, epoch) for epoch in range(9)])
+    first = 0
+    for stream in STREAMS:
+        own = drawn[(drawn >= first) & (drawn < first + stream.num_packs)] - first
+        assert len(own) == 9 * stream.share
+        passes = [own[i : i + stream.num_packs] for i in range(0, len(own), stream.num_packs)]
+        for number, got in enumerate(passes):
+            whole = order.epoch_order(stream.num_packs, stream.order, stream.block, 7, number)
+            assert sorted(got.tolist()) == sorted(whole[: len(got)].tolist())
+        first += stream.num_packs
+
+
+@pytest.mark.parametrize(("sizes", "weights"), [((1000, 3000), (1, 3)), ((500, 700, 90), (0.5, 0.2, 0.3))])
+def test_every_stretch_of_a_mixture_has_its_ratio(sizes, weights):
+    given = order.shares(sizes, weights)
+    assert sum(given) == sum(sizes)
+    assert np.abs(np.array(given) / sum(sizes) - np.array(weights) / sum(weights)).max() < 1 / sum(sizes)
+    streams = [order.Stream(n, "shuffle", 0, share) for n, share in zip(sizes, given, strict=True)]
+    got = np.searchsorted(np.cumsum(sizes), order.mixed_order(streams, 3, 1), side="right")
+    for folder, share in enumerate(given):
+        seen = np.cumsum(got == folder)
+        assert np.abs(seen - np.arange(1, len(got) + 1) * share / len(got)).max() <= 1.01
+
+
+def test_blocks_of_like_cost_stay_together_in_a_mixture():
+    streams = [order.Stream(40, "cost", 8, 40), order.Stream(60, "shuffle", 0, 60)]
+    got = order.mixed_order(streams, 3, 0)
+    at = [np.flatnonzero(got == first)[0] for first in range(0, 40, 8)]
+    for first, place in zip(range(0, 40, 8), at, strict=True):
+        assert got[place : place + 8].tolist() == list(range(first, first + 8))
+
+
+def test_the_order_of_a_mixture_is_pinned():
+    assert order.mixed_order(STREAMS, 1, 1).tolist() == MIXED

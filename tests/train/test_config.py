@@ -31,7 +31,7 @@ def test_flags_reach_their_place_in_the_tree():
     config = parse(
         [*NEEDED, "--batch-packs", "6", "--lr", "3e-4", "--dtype", "bfloat16", "--no-export", "--dp-shard", "2"]
     )
-    assert (config.data.shards, config.model.model, config.run.out) == ("s", "m", "o")
+    assert (config.data.shards, config.model.model, config.run.out) == (("s",), "m", "o")
     assert (config.data.batch_packs, config.optim.lr, config.model.dtype) == (6, 3e-4, "bfloat16")
     assert config.run.export is False
     assert config.layout.dp_shard == 2
@@ -40,11 +40,16 @@ def test_flags_reach_their_place_in_the_tree():
 def test_any_flag_can_stand_in_the_file_and_the_command_line_wins(tmp_path):
     text = "shards: a\nmodel: b\nout: c\nbatch-packs: 4\nmicro_packs: 2\nlr: 2e-5\nexport: false\nresume: auto\n"
     config = parse(["--config", write(tmp_path, text), "--batch-packs", "9", "--shards=d"])
-    assert (config.data.shards, config.model.model, config.run.out) == ("d", "b", "c")
+    assert (config.data.shards, config.model.model, config.run.out) == (("d",), "b", "c")
     assert (config.data.batch_packs, config.data.micro_packs) == (9, 2)
     assert config.optim.lr == 2e-5, "YAML reads 2e-5 as a string"
     assert config.run.export is False
     assert config.run.resume == "auto"
+
+
+def test_several_shard_folders_on_the_command_line_and_in_the_file(tmp_path):
+    config = parse([*NEEDED, "--shards", "b:0.3", "--config", write(tmp_path, "eval-shards: [c, d]\n")])
+    assert (config.data.shards, config.data.eval_shards) == (("s", "b:0.3"), ("c", "d"))
 
 
 @pytest.mark.parametrize("name", sorted(leaves()))
@@ -115,9 +120,9 @@ def test_wrong_flags_get_one_sentence(argv, message):
         ("- a\n", "must hold `flag: value` lines, not a list"),
         ("batch-packs: true\n", "--batch-packs takes one int, not 'true'"),
         ("batch-packs: 2.5\n", "--batch-packs takes one int, not '2.5'"),
-        ("eval-shards: [a, b]\n", "--eval-shards takes one str"),
+        ("eval-shards: [a, [b]]\n", "--eval-shards takes one string or a list of them"),
         ("export: 1\n", "--export must be true or false, not '1'"),
-        ("eval-shards:\n", "--eval-shards takes one str, not ''"),
+        ("eval-shards:\n", "--eval-shards takes one string or a list of them, not ''"),
     ],
 )
 def test_a_wrong_file_gets_one_sentence(text, message, tmp_path):

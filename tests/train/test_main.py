@@ -398,6 +398,22 @@ def test_a_resume_that_does_not_fit_says_what_differs_and_changes_nothing(change
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_mixture_trains_evaluates_on_several_sets_and_resumes_only_as_itself(flags, data, tmp_path):
+    two = [f"{data / 'train'}:3", f"{data / 'eval'}:1"]
+    mixture = [*flags(shards=two[0], steps=2), "--shards", two[1]]
+    sets = ["--eval-shards", str(data / "eval"), "--eval-shards", str(data / "train")]
+    (said,) = run_ranks(run, 1, [*mixture, *sets])
+    assert f"mixture: {data / 'train'} 76.9%, 10 packs an epoch = 1.00 passes; {data / 'eval'} 23.1%" in said
+    evaluated = [line["eval_shards"] for line in read_metrics(tmp_path / "out") if "eval_loss" in line]
+    assert evaluated == 2 * [str(data / "eval"), str(data / "train")]
+    run_ranks(run, 2, [*mixture, "--resume", "auto", "--steps", "4"])
+    assert [line["step"] for line in steps_of(tmp_path / "out")] == [1, 2, 3, 4]
+    other = [*flags(shards=two[0], steps=6), "--shards", str(data / "eval") + ":2", "--resume", "auto"]
+    ((code, said),) = run_ranks(cli, 1, other, process_group=False)
+    assert (code, len(said.splitlines())) == (1, 1)
+    assert "weights was (0.75, 0.25) and is now (0.6, 0.4)" in said
+
+
 def torchrun(argv, ranks=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "train/main.py", *argv]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
