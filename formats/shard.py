@@ -32,6 +32,7 @@ class ListColumn(NamedTuple):
     offsets: np.ndarray
 
 
+_HELD = 64 << 10
 _WRITE_BEHIND = 16 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 # Linux only, and only ever a hint: where the C library lacks it, the sync at the end does all the work.
@@ -43,38 +44,58 @@ if _sync_file_range is not None:
 class _HashingFile:
     """A binary file that hashes what passes through it, so a checksum costs no second reading.
 
-    The disk is asked to begin with every 16 MiB that are written, so it works while the next are made and the sync
-    at the end waits for the last of them only.
+    Small pieces (Arrow writes headers and paddings of a few bytes, 25 a record batch) are held back and joined. The
+    disk is asked to begin with every 16 MiB that are written, so it works while the next are made and the sync at the
+    end waits for the last of them only.
     """
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self._hash = xxhash.xxh3_128()
-        self.bytes = 0
+        self._held = bytearray()
         self._begun = 0
+        self._written = 0
+
+    @property
+    def bytes(self) -> int:
+        """All that was written so far."""
+        return self._written + len(self._held)
 
     def write(self, data) -> int:
-        rest = memoryview(data).cast("B")
-        size = rest.nbytes
+        piece = memoryview(data).cast("B")
+        if piece.nbytes < _HELD:
+            self._held += piece
+            if len(self._held) >= _HELD:
+                self.flush()
+        else:
+            self.flush()
+            self._pass_on(piece)
+        return piece.nbytes
+
+    def flush(self) -> None:
+        """Pass on what is held back."""
+        if self._held:
+            self._pass_on(memoryview(self._held))
+            self._held = bytearray()
+
+    def _pass_on(self, rest: memoryview) -> None:
+        self._written += rest.nbytes
         self._hash.update(rest)
         # An unbuffered file may take less than it is given: over 2 GiB, or when the disk fills up.
         while rest.nbytes:
             rest = rest[self._file.write(rest) :]
-        self.bytes += size
-        if self.bytes - self._begun >= _WRITE_BEHIND and _sync_file_range is not None:
-            _sync_file_range(self._file.fileno(), self._begun, self.bytes - self._begun, _SYNC_FILE_RANGE_WRITE)
-            self._begun = self.bytes
-        return size
+        if self._written - self._begun >= _WRITE_BEHIND and _sync_file_range is not None:
+            _sync_file_range(self._file.fileno(), self._begun, self._written - self._begun, _SYNC_FILE_RANGE_WRITE)
+            self._begun = self._written
 
     def hexdigest(self) -> str:
+        """xxh3-128 of all that was written so far, in hex."""
+        self.flush()
         return self._hash.hexdigest()
 
     # pyarrow asks these of any Python file it writes to.
     def tell(self) -> int:
         return self.bytes
-
-    def flush(self) -> None:
-        self._file.flush()
 
     @property
     def closed(self) -> bool:
@@ -101,7 +122,9 @@ def atomic_write(path: Path) -> Iterator[_HashingFile]:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         with open(temporary, "wb", buffering=0) as raw:
-            yield _HashingFile(raw)
+            file = _HashingFile(raw)
+            yield file
+            file.flush()
             os.fsync(raw.fileno())
         os.replace(temporary, path)
     except BaseException:

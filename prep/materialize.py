@@ -18,7 +18,7 @@ from formats.shard import FileEntry, ListColumn, Shard, ShardWriter, file_digest
 from prep.encode.store import DocumentStore
 from prep.engine.local import run_units
 from prep.plan import Plan
-from prep.rows import Buffers, buffers, gather, sequence_rows
+from prep.rows import Buffers, buffers, gather, locate, sequence_rows
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,18 @@ class _Room:
             raise AssertionError(f"the plan puts {over} tokens into a pack of {layout.capacity}")
         ids, mask = self._ids[: bounds[-1]], self._mask[: bounds[-1]]
         targets = np.empty(len(offsets) - 1, np.int32)
-        low, high, bits, beyond = gather(
-            *(*places, doc if store.rows is None else store.rows[doc], start, length),
-            *(slot_starts, offsets, layout.pad_id, ids, mask, targets),
-        )
-        if low < 0 or high > max(layout.largest_id, layout.pad_id) or bits > 1 or beyond:
+        stored = doc if store.rows is None else store.rows[doc]
+        ids_from, mask_from, beyond = locate(*places, stored, start, length)
+        if beyond:
+            raise ValueError(
+                f"{job.store}: the store is damaged ({beyond} documents shorter than planned); "
+                "remove it and encode again"
+            )
+        low, high, bits = gather(ids_from, mask_from, length, slot_starts, offsets, layout.pad_id, ids, mask, targets)
+        if low < 0 or high > max(layout.largest_id, layout.pad_id) or bits > 1:
             raise ValueError(
                 f"{job.store}: the store is damaged (ids {low} to {high} where the largest is {layout.largest_id}, "
-                f"mask values up to {bits}, {beyond} documents shorter than planned); remove it and encode again"
+                f"mask values up to {bits}); remove it and encode again"
             )
         columns = {"doc_ids": ListColumn(doc, offsets), "doc_offsets": ListColumn(start.astype(np.int32), offsets)}
         if layout.kind == "thd":

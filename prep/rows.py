@@ -41,26 +41,36 @@ def _pointer(typing, address):  # numba passes its typing context
 
 
 @njit(cache=True, nogil=True)
-def gather(id_at, mask_at, offsets_at, starts, doc, start, length, slot_starts, offsets, pad_id, ids, mask, targets):
+def locate(id_at, mask_at, offsets_at, starts, doc, start, length):
+    """Where the tokens of every slot lie: (addresses of its ids, of its mask, uint64[S]; slots that reach beyond their
+    document). See `gather`; all look-ups first, since a core then has several reads of memory under way at a time."""
+    ids_from, mask_from, beyond = np.empty(doc.size, np.uint64), np.empty(doc.size, np.uint64), 0
+    for i in range(doc.size):
+        b = np.searchsorted(starts, doc[i], side="right") - 1
+        row = doc[i] - starts[b]
+        bounds = carray(_pointer(offsets_at[b]), (row + 2,), np.int32)
+        first = np.int64(bounds[row]) + start[i]
+        beyond += first + length[i] > bounds[row + 1]
+        ids_from[i] = id_at[b] + np.uint64(4 * first)
+        mask_from[i] = mask_at[b] + np.uint64(first)
+    return ids_from, mask_from, beyond
+
+
+@njit(cache=True, nogil=True)
+def gather(ids_from, mask_from, length, slot_starts, offsets, pad_id, ids, mask, targets):
     """Copy packs from the store into `ids` int32[T], `mask` uint8[T], T = slot_starts[-1].
 
-    Slot i holds tokens [start[i], start[i] + length[i]) of stored row doc[i] from slot_starts[i] on, padded with
-    `pad_id` up to slot_starts[i + 1] (int64[S + 1]); its first token is never a target. Pack n is slots offsets[n] …
-    offsets[n + 1]; its targets are counted into `targets` int32[N]. Returns (lowest id, highest id, all mask values
-    or-ed, slots that reach beyond their document), which tell a damaged store.
+    Slot i holds the length[i] tokens that `locate` found, from slot_starts[i] on, padded with `pad_id` up to
+    slot_starts[i + 1] (int64[S + 1]); its first token is never a target. Pack n is slots offsets[n] … offsets[n + 1];
+    its targets are counted into `targets` int32[N]. Returns (lowest id, highest id, all mask values or-ed), which tell
+    a damaged store.
     """
-    low, high, bits, beyond = np.int32(2147483647), np.int32(-2147483648), np.uint8(0), 0
+    low, high, bits = np.int32(2147483647), np.int32(-2147483648), np.uint8(0)
     for n in range(offsets.size - 1):
         for i in range(offsets[n], offsets[n + 1]):
-            b = np.searchsorted(starts, doc[i], side="right") - 1
-            row = doc[i] - starts[b]
-            bounds = carray(_pointer(offsets_at[b]), (row + 2,), np.int32)
-            first, real = np.int64(bounds[row]) + start[i], np.int64(length[i])
-            if first + real > bounds[row + 1]:
-                beyond += 1
-                continue
-            document = carray(_pointer(id_at[b]), (first + real,), np.int32)[first:]
-            document_mask = carray(_pointer(mask_at[b]), (first + real,), np.uint8)[first:]
+            real = np.int64(length[i])
+            document = carray(_pointer(ids_from[i]), (real,), np.int32)
+            document_mask = carray(_pointer(mask_from[i]), (real,), np.uint8)
             slot = ids[slot_starts[i] : slot_starts[i + 1]]
             slot_mask = mask[slot_starts[i] : slot_starts[i + 1]]
             for t in range(real):
@@ -82,7 +92,7 @@ def gather(id_at, mask_at, offsets_at, starts, doc, start, length, slot_starts, 
             bits |= pack_mask[t]
             count += pack_mask[t]
         targets[n] = count
-    return low, high, bits, beyond
+    return low, high, bits
 
 
 @njit(cache=True, nogil=True)

@@ -1,10 +1,11 @@
 """How fast plan + store become shards, against plain write() of the same bytes by as many workers to the same disk.
 
-    python tools/bench_materialize.py [--tokens 400e6] [--seq-len 4096] [--workers 2] [--format thd] [--folder DIR]
+    python tools/bench_materialize.py [--tokens 200e6] [--seq-len 4096] [--workers 2] [--format thd] [--folder DIR]
 
-Both sides run in the same process pool, in turns, and only the jobs are timed, so the start of the processes counts for
-neither. `write` is write() of 4 MiB at a time from memory; `+ fsync` waits for the disk as the shard writer does. The
-store is written anew, so it is page-cached as after an encode.
+Both sides run in the same process pool, in turns, and only the jobs are timed, so the start of the processes (and the
+loading of the compiled kernels) counts for neither. `write` is write() of 4 MiB at a time from memory; `+ fsync` waits
+for the disk as the shard writer does. The store is written anew, so it is page-cached as after an encode. Every round
+is printed when it ends; the ratios are medians over the rounds.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import statistics
 import sys
 import threading
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -31,6 +32,7 @@ from prep.ledger import Ledger
 from prep.materialize import Layout, materialize, write_shard
 from prep.pipeline import shard_packs
 from prep.plan import PackOptions, make_plan
+from prep.rows import gather, locate, sequence_rows
 
 UNIT_TOKENS = 1 << 20
 CHUNK = 4 << 20
@@ -84,9 +86,20 @@ def plain_write(sync: bool, job):
 
 
 def shard(sync: bool, job):
+    load_kernels()
     if not sync:
         os.fsync = lambda descriptor: None
     return timed(write_shard, job)
+
+
+@cache
+def load_kernels() -> None:
+    """Load the compiled kernels into this process, as its first shard would do."""
+    none, one = np.empty(0, np.uint64), np.zeros(1, np.int64)
+    locate(none, none, none, one, one[:0], one[:0], np.empty(0, np.int32))
+    ids, mask = np.empty(0, np.int32), np.empty(0, np.uint8)
+    gather(none, none, ids, one, one, 0, ids, mask, ids)
+    sequence_rows(ids, mask, ids, one, one, 0, 1, ids, ids, ids, ids)
 
 
 class PeakMemory(threading.Thread):
@@ -123,12 +136,12 @@ def rate(function, jobs, workers, total) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=float, default=4e8)
+    parser.add_argument("--tokens", type=float, default=2e8)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--format", choices=["thd", "seqid"], default="thd")
     parser.add_argument("--shard-size", type=int, default=256 << 20)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to work, in a fresh folder; default: the temporary one")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
@@ -145,6 +158,7 @@ def main() -> None:
 
 def bench(arguments, folder: Path) -> dict:
     options = PackOptions(arguments.seq_len, format=arguments.format)
+    print(f"writing a store of about {1.33 * arguments.tokens:,.0f} tokens", flush=True)
     store = make_store(folder / "store", int(arguments.tokens), arguments.seq_len)
     plan = make_plan(store.lengths, np.arange(len(store)), options)
     layout = Layout(options.format, options.seq_len, options.align, 0, VOCABULARY)
@@ -163,7 +177,7 @@ def bench(arguments, folder: Path) -> dict:
     theirs = [(kept / j.path.name, target / j.path.name) for j in ours]
     rates: dict[str, list] = {}
     memory = 0
-    for _ in range(arguments.repeats):
+    for turn in range(arguments.repeats):
         for name, function, work in (
             ("write", partial(plain_write, False), theirs),
             ("shards, not synced", partial(shard, False), ours),
@@ -180,6 +194,8 @@ def bench(arguments, folder: Path) -> dict:
                 assert all((target / f.name).stat().st_size == f.stat().st_size for f in files)
             for file in target.iterdir():
                 file.unlink()
+        latest = {name: f"{both[-1][0] / 1e6:,.0f} MB/s" for name, both in rates.items()}
+        print(f"round {turn + 1}: " + ", ".join(f"{name} {rate}" for name, rate in latest.items()), flush=True)
     busy = {name: statistics.median(r[0] for r in both) for name, both in rates.items()}
     tokens = int(plan.length.sum(dtype=np.int64))
     return {

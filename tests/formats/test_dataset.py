@@ -195,6 +195,19 @@ def test_a_shard_that_is_no_arrow_file_is_named(folder):
         PackedDataset(folder)[0]
 
 
+def test_pieces_of_any_size_come_in_order_with_their_checksum(tmp_path):
+    """Small pieces are joined before they are written; neither order, size nor checksum may show it."""
+    rng = np.random.default_rng(3)
+    pieces = [rng.bytes(int(n)) for n in rng.choice([0, 1, 4, 700, 65_535, 65_536, 200_000], 60)]
+    with atomic_write(tmp_path / "file") as file:
+        for n, piece in enumerate(pieces):
+            assert file.tell() == sum(map(len, pieces[:n]))
+            file.write(piece)
+    whole = b"".join(pieces)
+    assert (tmp_path / "file").read_bytes() == whole
+    assert (file.bytes, file.hexdigest()) == (len(whole), file_digest(tmp_path / "file"))
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     target = tmp_path / "file"
     with pytest.raises(RuntimeError), atomic_write(target) as file:

@@ -11,7 +11,7 @@ from prep.encode.store import STORE_VERSION, DocumentStore, UnitWriter, source_r
 from prep.ledger import Ledger
 from prep.materialize import Layout, materialize
 from prep.plan import PackOptions, make_plan
-from prep.rows import buffers, gather, sequence_rows
+from prep.rows import buffers, gather, locate, sequence_rows
 
 PAD = 7
 
@@ -53,7 +53,8 @@ def lay_out(store, packs, align):
     slot_starts = np.append(0, np.cumsum(slots)).astype(np.int64)
     ids, mask = np.full(slot_starts[-1], -9, np.int32), np.full(slot_starts[-1], 9, np.uint8)
     targets = np.empty(len(packs), np.int32)
-    checks = gather(*buffers(store), doc, start, length, slot_starts, offsets, PAD, ids, mask, targets)
+    *places, beyond = locate(*buffers(store), doc, start, length)
+    checks = (*gather(*places, length, slot_starts, offsets, PAD, ids, mask, targets), beyond)
     return ids, mask, length, slots, slot_starts, offsets, targets, checks
 
 
