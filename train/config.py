@@ -110,6 +110,10 @@ class Run:
     async_save: bool = _flag(False, "write checkpoints in the background, beside the next steps")
     keep: int = _flag(2, "checkpoints kept, the newest N; 0: all")
     resume: str = _flag("never", "never, auto (the last whole checkpoint under --out) or the PATH of a checkpoint")
+    tensorboard: bool = _flag(False, "write TensorBoard events to OUT/tensorboard")
+    wandb: str | None = _flag(None, "project at Weights & Biases that the run is logged to")
+    peak_tflops: float = _flag(0.0, "what one device could do, for MFU; 0: known for common GPUs in bfloat16")
+    profile: int = _flag(0, "trace N steps, after the first two, to OUT/profile")
     export: bool = _flag(True, "write OUT/hf at the end, a Hugging Face folder")
 
 
@@ -127,7 +131,7 @@ REQUIRED = ("shards", "model", "out")
 POSITIVE = ("batch_packs", "micro_packs", "pp", "dp_replicate", "cp", "tp", "ep", "epochs", "lr")
 NOT_NEGATIVE = (
     *("threads", "steps", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "beta1", "beta2"),
-    *("eval_every", "eval_packs", "save_every", "keep"),
+    *("eval_every", "eval_packs", "save_every", "keep", "peak_tflops", "profile"),
 )
 
 

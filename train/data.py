@@ -109,7 +109,8 @@ class PackedLoader:
     """Steps of one data-parallel rank, from `consumed` packs on; of every row the part that `cut` gives this rank.
 
     Use: `facts = loader.next_step()`, then `for row in loader.rows(): …` to the end, again and again; `stall_seconds`
-    is how long the rows of the current step had to be waited for. `close()` ends the thread.
+    is how long the rows of the current step had to be waited for, `pairs` the query-key pairs within each of `windows`
+    of the rows handed out in it. `close()` ends the thread.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class PackedLoader:
         cut: Cut = WHOLE,
         consumed: int = 0,
         verify: bool = True,
+        windows: tuple[int, ...] = (),
     ):
         self._dataset, self._schedule, self._verify = dataset, schedule, verify
         self._dp_rank, self._dp_size, self._device = dp_rank, dp_size, device
@@ -131,12 +133,15 @@ class PackedLoader:
         self._consumed = consumed
         self._order = (-1, np.empty(0, np.int64))
         self.stall_seconds = 0.0
+        self.pairs = dict.fromkeys(windows, 0)
 
         run_length = max(1, RUN_TOKENS // self.row_tokens)
         self._free: queue.SimpleQueue[list[Row] | None] = queue.SimpleQueue()  # the buffers bound both queues
         for _ in range(RUNS):
             pinned = device.type == "cuda"
-            self._free.put([Row(dataset, schedule.micro_packs, cut, pinned=pinned) for _ in range(run_length)])
+            self._free.put(
+                [Row(dataset, schedule.micro_packs, cut, pinned=pinned, windows=windows) for _ in range(run_length)]
+            )
         self._ready: queue.SimpleQueue[list[Row] | BaseException] = queue.SimpleQueue()
         self._in_use: list[Row] = []
         self._next_in_use = 0
@@ -150,6 +155,7 @@ class PackedLoader:
         packs, index = self._epoch_order(epoch)[start:stop], self._dataset.index
         self._consumed += stop - start
         self.stall_seconds = 0.0
+        self.pairs = dict.fromkeys(self.pairs, 0)
         return StepFacts(
             epoch=epoch,
             consumed=self._consumed,
@@ -170,6 +176,8 @@ class PackedLoader:
                 self._take_run()
             row = self._in_use[self._next_in_use]
             self._next_in_use += 1
+            for window, pairs in row.pairs.items():
+                self.pairs[window] += pairs
             yield row.to(self._device)
 
     def _take_run(self) -> None:

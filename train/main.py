@@ -28,6 +28,7 @@ from train.checkpoint import Checkpointer, DataState, Position, check_data_state
 from train.config import Config, parse
 from train.cut import choose_cut
 from train.data import PackedLoader, Schedule, open_shards
+from train.flops import StepFlops, peak_flops
 from train.mesh import Mesh, build_mesh, pick_device, set_threads, start_process_group
 from train.metrics import Metrics, memory_bytes
 from train.mix import open_training
@@ -35,7 +36,9 @@ from train.model.decoder import Decoder
 from train.optim import build_optimizer, learning_rate
 from train.outdir import claim
 from train.parallel.apply import parallelize
-from train.step import evaluate, train_step
+from train.profiling import StepProfiler
+from train.step import DP_AXES, evaluate, sum_over, train_step
+from train.trackers import open_trackers
 
 
 def train(config: Config) -> None:
@@ -92,7 +95,9 @@ def train(config: Config) -> None:
     if checkpoint is not None:
         checkpointer.load(checkpoint)
 
-    metrics = Metrics(out, steps, position.step, enabled=dist.get_rank() == 0)
+    flops, peak = StepFlops(Path(config.model.model)), peak_flops(config.run.peak_tflops, device, config.model.dtype)
+    first = dist.get_rank() == 0
+    metrics = Metrics(out, steps, position.step, open_trackers(config, position.step) if first else [], enabled=first)
     metrics.say(
         f"{dist.get_world_size()} ranks on {device.type}: {mesh}; "
         f"{sum(p.numel() for p in model.parameters()):,} parameters in {config.model.dtype}; "
@@ -120,7 +125,9 @@ def train(config: Config) -> None:
         cut=cut,
         consumed=position.consumed,
         verify=config.data.verify != "off",
+        windows=flops.windows,
     )
+    profiler = StepProfiler(out, config.run.profile, device)
     if position.step == 0:
         evaluation(0)
 
@@ -135,7 +142,10 @@ def train(config: Config) -> None:
         # The longest stall and the largest memory of any rank; a signal that reached one stops all after the same step.
         worst = torch.tensor([loader.stall_seconds, memory_bytes(device), stop.received], dtype=torch.float64)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
+        windowed = torch.tensor(list(loader.pairs.values()), dtype=torch.float64)
+        windowed = sum_over(mesh, windowed, DP_AXES).tolist() if flops.windows else []
         seconds = time.perf_counter() - began
+        done = flops.of(facts, dict(zip(flops.windows, windowed, strict=True))) / seconds / dist.get_world_size()
         metrics.step(
             {
                 "step": step,
@@ -149,9 +159,13 @@ def train(config: Config) -> None:
                 "step_seconds": seconds,
                 "data_stall_seconds": worst[0].item(),
                 "tokens_per_second": facts.tokens / seconds,
+                "tokens_per_second_per_device": facts.tokens / seconds / dist.get_world_size(),
+                "flops_per_second_per_device": done,
+                "mfu": done / peak if peak else None,
                 "memory_bytes": int(worst[1].item()),
             }
         )
+        profiler.step()
         checkpointer.poll()
         told_to_stop = bool(worst[2].item()) and step < steps
         if step == steps or (config.run.eval_every and step % config.run.eval_every == 0 and not told_to_stop):
@@ -163,6 +177,7 @@ def train(config: Config) -> None:
             metrics.say(f"stopped by a signal after step {step} of {steps}; go on with:\n  {resume_command()}")
             break
     loader.close()
+    profiler.close()
     checkpointer.wait()
     if position.step == steps and config.run.export:
         hf.save_weights(model, Path(config.model.model), out / "hf")

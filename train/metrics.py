@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from train.trackers import Tracker, numbers
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -52,7 +55,8 @@ class Metrics:
     A terminal gets one live line with a progress bar, anything else plain lines.
     """
 
-    def __init__(self, out: Path, steps: int, first_step: int, *, enabled: bool):
+    def __init__(self, out: Path, steps: int, first_step: int, trackers: Sequence[Tracker] = (), *, enabled: bool):
+        self._trackers = trackers
         self._file: TextIO | None = None
         self._progress: Progress | None = None
         self._steps, self._enabled = steps, enabled
@@ -86,7 +90,8 @@ class Metrics:
         facts = (
             f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  padding {record['padding_fraction']:.1%}  "
-            f"stall {record['data_stall_seconds']:.3f} s  {record['memory_bytes'] / 2**30:.2f} GiB"
+            + (f"MFU {record['mfu']:.1%}  " if record["mfu"] is not None else "")
+            + f"stall {record['data_stall_seconds']:.3f} s  {record['memory_bytes'] / 2**30:.2f} GiB"
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=record["step"])
@@ -128,6 +133,8 @@ class Metrics:
             self._live.stop()
             self._progress = None
         if self._file is not None:
+            for tracker in self._trackers:
+                tracker.close()
             self._file.close()
             self._file = None
 
@@ -135,3 +142,5 @@ class Metrics:
         # Flushed line by line: a reader (or a kill) sees whole steps.
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(record["step"], numbers(record))

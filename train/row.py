@@ -11,6 +11,7 @@ import numba
 import numpy as np
 import torch
 
+from formats.cost import causal_pairs
 from formats.dataset import PackedDataset
 from formats.layout import align_up
 from formats.order import EMPTY
@@ -84,9 +85,15 @@ for _array in (_NO_IDS, _NO_MASK):
 
 
 class Row:
-    """Owned buffers of one row, filled again and again; pinned when they feed a GPU."""
+    """Owned buffers of one row, filled again and again; pinned when they feed a GPU.
 
-    def __init__(self, dataset: PackedDataset, micro_packs: int, cut: Cut, *, pinned: bool):
+    `pairs` are the query-key pairs of the row's documents within each of `windows`.
+    """
+
+    def __init__(
+        self, dataset: PackedDataset, micro_packs: int, cut: Cut, *, pinned: bool, windows: tuple[int, ...] = ()
+    ):
+        self.pairs = dict.fromkeys(windows, 0)
         manifest, index = dataset.manifest, dataset.index
         self._dataset, self._capacity, self._pad_id = dataset, manifest.capacity, manifest.pad_id
         self._align, self._digests, self._longest = manifest.align, index.xxh3, index.max_seqlen
@@ -128,6 +135,7 @@ class Row:
         constants = self._pad_id, self._longest_tail
         cu_seqlens[0] = 0
         segments, longest = 0, TAIL_SEGMENT
+        self.pairs = dict.fromkeys(self.pairs, 0)
         for k, number in enumerate(packs.tolist()):
             ids, mask, slots = _NO_IDS, _NO_MASK, _NO_IDS
             if number != EMPTY:
@@ -136,6 +144,8 @@ class Row:
                     self._dataset.check(number)  # raises, naming shard and row
                 ids, mask, slots = pack.input_ids, pack.loss_mask, pack.seq_lens_padded
                 longest = max(longest, int(self._longest[number]))
+                for window in self.pairs:
+                    self.pairs[window] += int(causal_pairs(pack.seq_lens, window).sum())
             segments = _fill_pack(ids, mask, slots, k * capacity, capacity, *constants, *targets, segments)
         tokens = len(arrays["input_ids"])
         cu_seqlens[segments + 1 :] = tokens

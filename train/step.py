@@ -34,7 +34,10 @@ def sum_over(mesh: Mesh, value: torch.Tensor, axes: Iterable[str]) -> torch.Tens
     return value
 
 
-LOSS_AXES = ("dp_replicate", "dp_shard", "cp")
+DP_AXES = ("dp_replicate", "dp_shard")
+"""Axes whose ranks train different packs."""
+
+LOSS_AXES = (*DP_AXES, "cp")
 """Axes whose ranks hold different tokens of a step."""
 
 

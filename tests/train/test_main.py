@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gzip
 import io
 import itertools
 import json
@@ -28,7 +29,8 @@ from train.config import parse
 ROOT = Path(__file__).parents[2]
 FIELDS = (
     *("step", "epoch", "loss", "grad_norm", "lr", "tokens", "target_tokens", "padding_fraction", "step_seconds"),
-    *("data_stall_seconds", "tokens_per_second", "memory_bytes"),
+    *("data_stall_seconds", "tokens_per_second", "tokens_per_second_per_device", "flops_per_second_per_device"),
+    *("mfu", "memory_bytes"),
 )
 SAME = ("step", "epoch", "loss", "grad_norm", "lr", "tokens", "target_tokens")
 
@@ -412,6 +414,20 @@ def test_a_mixture_trains_evaluates_on_several_sets_and_resumes_only_as_itself(f
     ((code, said),) = run_ranks(cli, 1, other, process_group=False)
     assert (code, len(said.splitlines())) == (1, 1)
     assert "weights was (0.75, 0.25) and is now (0.6, 0.4)" in said
+
+
+def test_a_run_is_traced_logged_and_measured_against_the_peak(flags, tmp_path):
+    (said, _) = run_ranks(run, 2, [*flags(steps=4, peak_tflops=0.001, profile=1), "--tensorboard"])
+    out = tmp_path / "out"
+    for line in read_metrics(out):
+        assert line["mfu"] == pytest.approx(line["flops_per_second_per_device"] / 1e9)
+        assert 2 * line["tokens_per_second_per_device"] == pytest.approx(line["tokens_per_second"])
+    assert "MFU" in said
+    for rank in range(2):
+        trace = json.loads(gzip.decompress((out / "profile" / f"rank-{rank}.json.gz").read_bytes()))
+        steps = [event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")]
+        assert steps == ["ProfilerStep#2"], "the third step, and no other"
+    assert list((out / "tensorboard").iterdir())
 
 
 def torchrun(argv, ranks=2):
