@@ -54,7 +54,17 @@ class Model:
     attention: str = _flag(
         "auto", "attention kernel; auto takes the fastest that serves the model", ("auto", *BACKENDS)
     )
-    recompute: str = _flag("none", "activations recomputed in backward", ("none", "full"))
+    recompute: str = _flag(
+        "none",
+        "activations computed again in backward: all, or all but what attention and matrix products gave",
+        ("none", "selective", "full"),
+    )
+    compile: bool = _flag(False, "compile the blocks (static shapes, no graph break)")
+    compile_backend: str = _flag(
+        "inductor",
+        "inductor generates kernels; the others trace without (to look for what cannot be compiled)",
+        ("inductor", "aot_eager", "eager"),
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Layout:
     reshard: bool = _flag(
         True, "free a block's gathered weights after its forward; without, backward need not gather them again"
     )
+    prefetch: int = _flag(1, "blocks whose weights are gathered ahead of need, each way; 0: as FSDP itself does")
     cpu_offload: bool = _flag(False, "keep parameters, gradients and optimizer state in host memory")
 
 
@@ -131,7 +142,7 @@ REQUIRED = ("shards", "model", "out")
 POSITIVE = ("batch_packs", "micro_packs", "pp", "dp_replicate", "cp", "tp", "ep", "epochs", "lr")
 NOT_NEGATIVE = (
     *("threads", "steps", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "beta1", "beta2"),
-    *("eval_every", "eval_packs", "save_every", "keep", "peak_tflops", "profile"),
+    *("eval_every", "eval_packs", "save_every", "keep", "prefetch", "peak_tflops", "profile"),
 )
 
 
@@ -151,6 +162,27 @@ COMBINATIONS = (
     Combination("HSDP (dp_replicate × dp_shard)", {"dp_replicate": 2}, "tests/dist/test_parity.py"),
     Combination("gradient accumulation", {"batch_packs": 6, "micro_packs": 2}, "tests/dist/test_parity.py"),
     Combination("activation recompute", {"recompute": "full"}, "tests/dist/test_parity.py"),
+    Combination("recompute, costly results kept", {"recompute": "selective"}, "tests/dist/test_parity.py"),
+    Combination("compiled blocks", {"compile": True}, "tests/dist/test_compile.py"),
+    Combination(
+        "compiled, recomputed blocks", {"compile": True, "recompute": "selective"}, "tests/dist/test_compile.py"
+    ),
+    Combination("compiled blocks, context parallelism", {"compile": True, "cp": 2}, "tests/dist/test_compile.py"),
+    Combination(
+        "compiled blocks, needed keys only",
+        {"compile": True, "cp": 2, "cp_method": "needed"},
+        "--compile needs the same shapes in every row, and --cp-method needed sends another number of keys for each: "
+        "take gather or ulysses, or leave --compile out",
+        lambda c: c.model.compile and c.layout.cp > 1 and c.layout.cp_method == "needed",
+    ),
+    Combination("weights gathered ahead, or kept", {"prefetch": 2, "reshard": False}, "tests/dist/test_parity.py"),
+    Combination("parameters in host memory", {"cpu_offload": True}, "tests/dist/test_parity.py"),
+    Combination(
+        "bfloat16, gradients summed in it too",
+        {"dtype": "bfloat16", "reduce_dtype": "bfloat16"},
+        "tests/train/test_main.py",
+    ),
+    Combination("checkpoints in the background", {"async_save": True}, "tests/train/test_main.py"),
     Combination("context parallelism, all keys gathered", {"cp": 2}, "tests/dist/test_cp.py"),
     Combination("context parallelism, needed keys only", {"cp": 2, "cp_method": "needed"}, "tests/dist/test_cp.py"),
     Combination("context parallelism, heads for tokens", {"cp": 2, "cp_method": "ulysses"}, "tests/dist/test_cp.py"),
@@ -182,11 +214,22 @@ COMBINATIONS = (
 """THE table: `check` takes its error from it, a test walks it, `matrix` prints it for the README."""
 
 
+def as_arguments(values: dict[str, Any]) -> list[str]:
+    """The command line that says `values` (flag name with underscores → value)."""
+    arguments = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        arguments += (
+            [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        )
+    return arguments
+
+
 def matrix() -> str:
     """The table of supported combinations in Markdown."""
     lines = ["| combination | flags | supported | proof, or reason |", "|---|---|---|---|"]
     for row in COMBINATIONS:
-        flags = " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in row.example.items()) or "default"
+        flags = " ".join(f"`{' '.join(as_arguments({n: v}))}`" for n, v in row.example.items()) or "default"
         note = row.note.format(**row.example)
         lines.append(f"| {row.name} | {flags} | {'no' if row.refused else 'yes'} | {note} |")
     return "\n".join(lines)

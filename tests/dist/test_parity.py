@@ -25,10 +25,13 @@ CASES = {
     "dp_shard 2, 2 packs a row": (2, Config(data=Data(micro_packs=2))),
     "dp_shard 2, no reshard": (2, Config(layout=Layout(reshard=False))),
     "dp_shard 2, recompute": (2, Config(model=Model(recompute="full"))),
+    "dp_shard 2, selective recompute": (2, Config(model=Model(recompute="selective"))),
+    "dp_shard 2, no prefetch": (2, Config(layout=Layout(prefetch=0))),
     "dp_shard 2, CPU offload": (2, Config(layout=Layout(cpu_offload=True))),
     "dp_replicate 2": (2, Config(layout=Layout(dp_replicate=2))),
     "dp_shard 4": (4, Config()),
     "dp_replicate 2 × dp_shard 2": (4, Config(layout=Layout(dp_replicate=2))),
+    "dp_shard 4, prefetch 2": (4, Config(layout=Layout(prefetch=2))),
 }
 CASES = {name: (world, replace(c, data=replace(c.data, batch_packs=6))) for name, (world, c) in CASES.items()}
 

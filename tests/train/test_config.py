@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from train.config import COMBINATIONS, Config, check, flatten, leaves, matrix, parse
+from train.config import COMBINATIONS, Config, as_arguments, check, flatten, leaves, matrix, parse
 
 NEEDED = ["--shards", "s", "--model", "m", "--out", "o"]
 ROOT = Path(__file__).parents[2]
@@ -65,6 +65,8 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
     }
     values |= {
         "recompute": "full",
+        "compile": "true",
+        "compile_backend": "eager",
         "export": "false",
         "async_save": "true",
         "reshard": "false",
@@ -141,10 +143,7 @@ def test_help_names_every_flag(capsys):
 
 @pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: row.name)
 def test_the_table_refuses_and_allows_what_it_says(row):
-    argv = [
-        *NEEDED,
-        *(part for name, value in row.example.items() for part in (f"--{name.replace('_', '-')}", str(value))),
-    ]
+    argv = [*NEEDED, *as_arguments(row.example)]
     if row.refused is None:
         assert flatten(parse(argv)).items() >= row.example.items()
         assert (ROOT / row.note).is_file(), "a supported row names the test that proves it"

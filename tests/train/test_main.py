@@ -154,7 +154,7 @@ SWITCHES = {"recompute": "full", "dp_replicate": 2, "micro_packs": 2}
 
 @pytest.mark.parametrize(
     ("extra", "close"),
-    [(["--cpu-offload", "--no-reshard"], 1e-6), (["--dtype", "bfloat16"], 2e-2)],
+    [(["--cpu-offload", "--no-reshard"], 1e-6), (["--dtype", "bfloat16", "--reduce-dtype", "bfloat16"], 2e-2)],
     ids=["all switches", "bfloat16"],
 )
 def test_switches_change_the_way_and_not_the_losses(extra, close, flags, straight, tmp_path):

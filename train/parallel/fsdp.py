@@ -46,4 +46,19 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
             # Both are needed: the factor alone becomes a scaled reduction that gloo does not know.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if config.layout.prefetch:
+        _prefetch(model, config.layout.prefetch)
     return model
+
+
+def _prefetch(model: nn.Module, ahead: int) -> None:
+    """While a group computes, gather the weights of the `ahead` groups that come next, and the same way back.
+
+    On its own FSDP starts the next gathering when the next block begins to run on the host, forward, and one block
+    ahead, backward: enough while the host is far ahead of the GPU.
+    """
+    first, last = ([] if model.config.tied_embeddings else [m] for m in (model.embed_tokens, model.norm))
+    groups = [*first, *model.layers.children(), *last]
+    for i, group in enumerate(groups):
+        group.set_modules_to_forward_prefetch(groups[i + 1 : i + 1 + ahead])
+        group.set_modules_to_backward_prefetch(groups[max(0, i - ahead) : i][::-1])

@@ -1,0 +1,90 @@
+"""Compiled blocks: no graph break, no more graphs than lengths, and the gradients of the documents one at a time."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from parity import LIMIT, by_documents, packed_step
+
+from formats.dataset import PackedDataset
+from make_shards import make_shards, random_packs
+from ranks import run_ranks
+from train import hf
+from train.attention.interface import Segments
+from train.config import Config, Data, Layout, Model
+from train.mesh import build_mesh
+from train.model.decoder import Decoder
+from train.model.initialize import init_weights
+from train.parallel.apply import parallelize
+
+FSDP, GATHER, ULYSSES = Layout(), Layout(cp=2), Layout(cp=2, cp_method="ulysses")
+
+
+@pytest.fixture(scope="module")
+def places(tiny_llama_dir, tmp_path_factory):
+    """(model, shards, {dtype: (loss, file of the gradients)}) of the documents one at a time."""
+    folder = tmp_path_factory.mktemp("compile")
+    rows = random_packs(np.random.default_rng(0), 5, 200, 4, 320)
+    shards = make_shards(folder / "shards", rows, capacity=200, align=4, cp=2)
+    wanted = {}
+    for dtype in LIMIT:
+        loss, gradients = by_documents(tiny_llama_dir, PackedDataset(shards), dtype)
+        torch.save(gradients, folder / f"{dtype}.pt")
+        wanted[dtype] = loss, folder / f"{dtype}.pt"
+    return tiny_llama_dir, shards, wanted
+
+
+def compiled_step(*case):
+    """A step, and how often Dynamo traced and broke off."""
+    return packed_step(*case), dict(torch._dynamo.utils.counters["stats"]), torch._dynamo.utils.counters["graph_break"]
+
+
+def is_equal(places, layout, recompute, dtype, backend="aot_eager"):
+    model, shards, wanted = places
+    options = Model(recompute=recompute, compile=True, compile_backend=backend)
+    config = Config(data=Data(batch_packs=6), layout=layout, model=options)
+    loss, path = wanted[dtype]
+    for step, stats, breaks in run_ranks(compiled_step, 2, model, shards, config, dtype, path, timeout=240):
+        assert step[0] == pytest.approx(loss, rel=LIMIT[dtype])
+        assert step[1] <= LIMIT[dtype], step[2]
+        assert not breaks
+        assert stats["unique_graphs"] == 1, "one graph for both layers and all rows"
+
+
+@pytest.mark.parametrize(("layout", "recompute"), [(FSDP, "selective"), (GATHER, "full")], ids=["fsdp", "cp gather"])
+def test_compiled_equals_the_documents_one_at_a_time(places, layout, recompute):
+    is_equal(places, layout, recompute, torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LIMIT, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("layout", [FSDP, replace(FSDP, dp_replicate=2), GATHER, ULYSSES], ids=lambda x: f"{x.cp}")
+def test_every_layout_and_recompute_compiled(places, layout, recompute, dtype):
+    is_equal(places, layout, recompute, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [FSDP, GATHER, ULYSSES], ids=["fsdp", "cp gather", "cp ulysses"])
+def test_inductor_gives_the_same(places, layout):
+    is_equal(places, layout, "selective", torch.float32, "inductor")
+
+
+def graphs_of_lengths(folder, recompute):
+    """Graphs after each of several forwards (and backwards) of one row with another split into documents."""
+    config = Config(model=Model(compile=True, compile_backend="eager", recompute=recompute))
+    model = Decoder(hf.read_config(folder))
+    init_weights(model, seed=0)
+    model = parallelize(model, build_mesh(config.layout, torch.device("cpu")), config)
+    ids = torch.arange(300) % 320
+    seen = []
+    for ends, max_seqlen in (((0, 10, 300, 300), 512), ((0, 299, 300, 300), 512), ((0, 100, 200, 300), 128)):
+        segments = Segments(torch.tensor(ends, dtype=torch.int32), max_seqlen)
+        model(ids, ids, segments, ids).backward()
+        seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return seen
+
+
+def test_a_graph_for_each_length_and_not_for_each_row(tiny_llama_dir):
+    assert run_ranks(graphs_of_lengths, 1, tiny_llama_dir, "none") == [[1, 1, 2]]
