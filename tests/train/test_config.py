@@ -65,17 +65,14 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
     }
     values |= {
         "recompute": "full",
-        "compile": "true",
         "compile_backend": "eager",
-        "export": "false",
-        "async_save": "true",
-        "reshard": "false",
-        "cpu_offload": "true",
         "lr": "0.5",
         "beta1": "0.5",
     }
     values |= dict.fromkeys(("cp", "tp", "pp", "ep", "beta2", "weight_decay"), "1") | {"beta2": "0.25"}
-    value = values.get(name, "3")
+    default = flatten(Config())[name]
+    other = "3" if not isinstance(default, bool) else "false" if default else "true"
+    value = values.get(name, other)
     flag = "--" + name.replace("_", "-")
     if value in ("true", "false"):
         line = [flag if value == "true" else flag.replace("--", "--no-")]
