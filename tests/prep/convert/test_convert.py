@@ -1,7 +1,6 @@
-"""Each conversion, read back by that project's own reader or against its documented layout."""
+"""Each conversion, against its documented layout; `test_peers.py` has the readers of the projects themselves."""
 
 import struct
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,66 +9,14 @@ from click.testing import CliRunner
 
 from formats.dataset import PackedDataset
 from formats.layout import seqid_to_thd
-from make_shards import make_shards, random_packs
 from prep.cli import main
 from prep.inspect.verify import verify
-from prep.ledger import Ledger
 
 CAPACITY, VOCABULARY = 64, 300
 
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return random_packs(np.random.default_rng(0), 70, CAPACITY, 4, VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def packed(rows, tmp_path_factory):
-    """A THD folder of 70 packs with slots aligned to 4, so padding is everywhere."""
-    from formats.shard import write_json
-
-    folder = tmp_path_factory.mktemp("packed") / "thd"
-    tokens, count = int(sum(r[2].sum() for r in rows)), sum(len(r[2]) for r in rows)
-    totals = {"packs": len(rows), "documents": count, "tokens": tokens, "lower_bound_packs": 1}
-    totals["slot_tokens"] = sum(len(r[0]) for r in rows)
-    ledger = Ledger()
-    ledger.read("random", count, tokens)
-    ledger.keep("random", count, tokens)
-    make_shards(folder, rows, capacity=CAPACITY, align=4, cp=2, shard_packs=66, totals=totals, vocab_size=VOCABULARY)
-    write_json(folder / "ledger.json", ledger.to_json())
-    return folder
-
-
-def documents(rows):
-    """(ids, mask) of the documents of every pack, by plain slicing."""
-    found = []
-    for ids, mask, seq_lens, slots, *_ in rows:
-        at, pack = 0, []
-        for n, slot in zip(seq_lens.tolist(), slots.tolist(), strict=True):
-            pack.append((ids[at : at + n].tolist(), mask[at : at + n].tolist()))
-            at += slot
-        found.append(pack)
-    return found
-
-
-@pytest.fixture(scope="module")
-def converted(packed, tmp_path_factory):
-    made = {}
-
-    def convert(to: str, source: Path = packed) -> Path:
-        if (to, source) not in made:
-            out = tmp_path_factory.mktemp("converted") / to
-            result = run("convert", source, "--to", to, "--out", out)
-            assert result.exit_code == 0, result.output
-            assert not list(out.parent.glob("*.unfinished"))
-            made[to, source] = out
-        return made[to, source]
-
-    return convert
 
 
 def test_thd_to_seqid_and_back_is_exact(packed, rows, converted):
@@ -90,23 +37,23 @@ def test_thd_to_seqid_and_back_is_exact(packed, rows, converted):
     assert verify(again.folder, deep=True).problems == []
 
 
-def test_hf_is_a_datasets_folder_of_real_tokens(rows, converted):
+def test_hf_is_a_datasets_folder_of_real_tokens(documents, converted):
     datasets = pytest.importorskip("datasets")
     loaded = datasets.load_from_disk(str(converted("hf")))
     assert loaded.column_names == ["input_ids", "labels", "position_ids", "seq_lengths"]
-    for row, pack in zip(loaded, documents(rows), strict=True):
+    for row, pack in zip(loaded, documents, strict=True):
         assert row["input_ids"] == [i for ids, _ in pack for i in ids]
         assert row["labels"] == [i if m else -100 for ids, mask in pack for i, m in zip(ids, mask, strict=True)]
         assert row["position_ids"] == [t for ids, _ in pack for t in range(len(ids))]
         assert row["seq_lengths"] == [len(ids) for ids, _ in pack]
 
 
-def test_automodel_rows_are_what_its_collater_stacks(rows, converted):
+def test_automodel_rows_are_what_its_collater_stacks(rows, documents, converted):
     """Rows of equal length, spans that sum to it, labels at their predecessors."""
     datasets = pytest.importorskip("datasets")
     loaded = datasets.load_from_disk(str(converted("automodel")))
     assert loaded.column_names == ["input_ids", "labels", "position_ids", "seq_lens", "seq_lens_padded"]
-    for row, (ids, _, _, slots, *_), pack in zip(loaded, rows, documents(rows), strict=True):
+    for row, (ids, _, _, slots, *_), pack in zip(loaded, rows, documents, strict=True):
         assert len(row["input_ids"]) == len(row["labels"]) == len(row["position_ids"]) == CAPACITY
         assert sum(row["seq_lens_padded"]) == CAPACITY
         assert row["seq_lens_padded"][:-1] == slots[:-1].tolist()
@@ -120,12 +67,12 @@ def test_automodel_rows_are_what_its_collater_stacks(rows, converted):
             at += span
 
 
-def test_bridge_trains_the_same_pairs(rows, converted):
+def test_bridge_trains_the_same_pairs(documents, converted):
     """Megatron-Bridge feeds ids[s:e−1], predicts ids[s+1:e], and weighs with loss_mask[s:e−1] (GPTSFTPackedDataset)."""
     table = pq.read_table(converted("bridge") / "packed.idx.parquet")
     assert table.schema.names == ["input_ids", "loss_mask", "seq_start_id"]
     assert [str(f.type.value_type) for f in table.schema] == ["int32", "int8", "int32"]
-    wanted = [[d for d in pack if len(d[0]) > 1] for pack in documents(rows)]
+    wanted = [[d for d in pack if len(d[0]) > 1] for pack in documents]
     for row, pack in zip(table.to_pylist(), [p for p in wanted if p], strict=True):
         bounds = [*row["seq_start_id"], len(row["input_ids"])]
         assert bounds[0] == 0
@@ -134,13 +81,13 @@ def test_bridge_trains_the_same_pairs(rows, converted):
             assert row["loss_mask"][start : end - 1] == mask[1:]
 
 
-def test_megatron_documents_by_the_documented_layout(rows, converted):
+def test_megatron_documents_by_the_documented_layout(documents, converted):
     folder = converted("megatron")
     data = (folder / "documents.idx").read_bytes()
     assert data[:9] == b"MMIDIDX\x00\x00"
     version, code, sequences, boundaries = struct.unpack("<QBQQ", data[9:34])
     assert (version, code) == (1, 8)
-    expected = [ids for pack in documents(rows) for ids, _ in pack]
+    expected = [ids for pack in documents for ids, _ in pack]
     assert (sequences, boundaries) == (len(expected), len(expected) + 1)
     lengths = np.frombuffer(data, np.int32, sequences, 34)
     pointers = np.frombuffer(data, np.int64, sequences, 34 + 4 * sequences)
@@ -170,7 +117,7 @@ def model(tiny_llama_dir):
     return transformers.LlamaForCausalLM.from_pretrained(tiny_llama_dir, attn_implementation="sdpa").double().eval()
 
 
-def test_stock_models_leak_with_a_mask_and_isolate_with_positions(model, rows, converted):
+def test_stock_models_leak_with_a_mask_and_isolate_with_positions(model, rows, documents, converted):
     """Change one token of the first document: with the document numbers as `attention_mask` later documents feel it,
     with `position_ids`, no mask and use_cache=False none does."""
     import torch
@@ -192,7 +139,7 @@ def test_stock_models_leak_with_a_mask_and_isolate_with_positions(model, rows, c
     assert moved(row["input_ids"], int(rows[n][2][0]), position_ids=positions) == 0
 
 
-def test_trl_trains_the_same_loss(model, rows, converted, tiny_llama_dir, tmp_path):
+def test_trl_trains_the_same_loss(model, documents, converted, tiny_llama_dir, tmp_path):
     """One step of TRL's SFTTrainer on the converted folder: its loss is that of the documents one at a time."""
     trl = pytest.importorskip("trl", reason="NOT TESTED, TRL is absent: pip install trl")
     import torch
@@ -200,7 +147,7 @@ def test_trl_trains_the_same_loss(model, rows, converted, tiny_llama_dir, tmp_pa
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     total, targets = 0.0, 0
-    for ids, mask in (d for pack in documents(rows)[:4] for d in pack):
+    for ids, mask in (d for pack in documents[:4] for d in pack):
         with torch.no_grad():
             logits = model(torch.tensor(ids)[None], use_cache=False).logits[0]
         losses = torch.nn.functional.cross_entropy(
