@@ -30,7 +30,8 @@ from torch.distributed.tensor import distribute_tensor  # noqa: E402
 
 from train import hf  # noqa: E402
 from train.model.decoder import Decoder  # noqa: E402
-from train.model.families import model_config, weight_sources  # noqa: E402
+from train.model.families import model_config  # noqa: E402
+from train.model.sources import weight_sources  # noqa: E402
 
 MIB = 1 << 20
 CONFIG = {

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train.model.config import ModelConfig
-from train.model.families import Source, model_config, weight_sources
+from train.model.families import FAMILIES, model_config
+from train.model.sources import Source, weight_sources
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 5 << 30  # at most so much in one exported file
@@ -56,10 +58,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     one, hold another shape, or hold one that the model has no place for.
     """
     config: ModelConfig = model.config
-    sources = weight_sources(config)
     with ExitStack() as stack:
         files = _open_files(folder, stack)
-        _refuse_leftovers(files.keys() - {source.name for source in sources.values()}, config, folder)
+        sources = weight_sources(config, stacked=_is_stacked(files))
+        _refuse_misfits(files.keys(), sources, config, folder)
         # state_dict and not named_parameters: it makes FSDP show the sharded tensors, whatever ran before
         for name, parameter in model.state_dict().items():
             if parameter.is_meta:
@@ -68,16 +70,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _copy_own_part(parameter: Tensor, source: Source, files: dict[str, Any], folder: Path) -> None:
-    if source.name not in files:
-        raise ValueError(
-            f"{folder} holds no tensor {source.name!r}: its weights are not those its config.json describes."
-        )
-    stored = files[source.name].get_slice(source.name)
-    expected = [source.total_rows, *parameter.shape[1:]]
-    if stored.get_shape() != expected:
-        raise ValueError(
-            f"{source.name} in {folder} has shape {stored.get_shape()}, its config.json asks for {expected}."
-        )
+    expected = source.shape(parameter.shape)
     if isinstance(parameter, DTensor):
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
@@ -85,12 +78,24 @@ def _copy_own_part(parameter: Tensor, source: Source, files: dict[str, Any], fol
         parameter = parameter.to_local()
     else:
         shape, offset = tuple(parameter.shape), (0,) * parameter.ndim
+    for name in source.names:
+        stored = files[name].get_slice(name).get_shape()
+        if stored != expected:
+            raise ValueError(f"{name} in {folder} has shape {stored}, its config.json asks for {expected}.")
     if 0 in shape:  # more ranks than rows
         return
-    starts = (offset[0] + source.start, *offset[1:])
-    window = tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))
+    window = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     with torch.no_grad():
-        parameter.copy_(stored[window])
+        for row, name, part, step in source.reads(window):
+            read = files[name].get_slice(name)[part]
+            read = read.mT if source.transposed else read
+            target = parameter if row is None else parameter[row]
+            target.copy_(read if step == 1 else read[(slice(None),) * source.dim + (slice(None, None, step),)])
+
+
+def _is_stacked(names: Iterable[str]) -> bool:
+    """Whether the experts of a layer share one tensor, where published files have one for each (transformers 5)."""
+    return any(name.endswith("experts.gate_up_proj") for name in names)
 
 
 def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -110,14 +115,32 @@ def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return {tensor: file for file in files.values() for tensor in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _refuse_leftovers(names: set[str], config: ModelConfig, folder: Path) -> None:
-    """Old files repeat what is computed (frequencies) or tied (the head); anything else is a part we would lose."""
+def _refuse_misfits(names: Collection[str], sources: dict[str, Source], config: ModelConfig, folder: Path) -> None:
+    """Old files repeat what is computed (frequencies) or tied (the head), and there may be layers that are not trained;
+    anything else is a part we would lose."""
+    wanted = [name for source in sources.values() for name in source.names]
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"{folder} holds no tensor {name!r}: its weights are not those its config.json describes.")
     repeated = {"lm_head.weight"} if config.tied_embeddings else set()
-    unknown = sorted(name for name in names - repeated if not name.endswith("rotary_emb.inv_freq"))
+    unknown = sorted(
+        name
+        for name in set(names) - set(wanted) - repeated
+        if not name.endswith("rotary_emb.inv_freq") and not _is_extra(name, config)
+    )
     if unknown:
         raise ValueError(
             f"{folder} holds {len(unknown)} tensors without a place in a {config.family} model, {unknown[0]!r} first."
         )
+
+
+def _is_extra(name: str, config: ModelConfig) -> bool:
+    before = "model.layers."
+    return (
+        FAMILIES[config.family].extra_layers
+        and name.startswith(before)
+        and int(name.removeprefix(before).split(".")[0]) >= config.num_layers
+    )
 
 
 def save_weights(
@@ -127,23 +150,31 @@ def save_weights(
 
     Collective: every rank calls it, rank 0 writes. `dtype` is that of the stored weights, by default that of the
     parameters. Files hold up to `file_bytes`; several get an index. The folder appears whole: it is written under
-    another name and renamed, replacing an earlier export.
+    another name and renamed, replacing an earlier export. Experts lie in it as they do in `source`.
     """
     parameters = model.state_dict()
-    files = _plan_files(parameters, weight_sources(model.config), dtype, file_bytes)
+    with ExitStack() as stack:
+        has_weights = (source / INDEX).exists() or (source / WEIGHTS).exists()  # not where a run began from scratch
+        names = _open_files(source, stack).keys() if has_weights else ()
+        sources = weight_sources(model.config, stacked=_is_stacked(names))
+    tensors = _parts(sources)
+    files = _plan_files(parameters, sources, tensors, dtype, file_bytes)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     scratch = None
     if writes:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        for file_name, tensors in files.items():
+        whole: dict[str, Tensor | None] = {}
+        for file_name, names in files.items():
             gathered = {}
-            for name, parts in tensors.items():
-                whole = [_gather(parameters[part], keep=writes) for part in parts]  # collective: on every rank
+            for name in names:
+                # Collective, on every rank. The tensors of a parameter follow each other: it is gathered once.
+                whole = {
+                    part: whole[part] if part in whole else _gather(parameters[part], writes) for part in tensors[name]
+                }
                 if writes:
-                    tensor = whole[0] if len(whole) == 1 else torch.cat(whole)
-                    gathered[name] = tensor.to(dtype or tensor.dtype).contiguous()
+                    gathered[name] = _assemble(name, {part: (sources[part], whole[part]) for part in whole}, dtype)
             if writes:
                 save_file(gathered, scratch / file_name, metadata={"format": "pt"})
         if writes:
@@ -154,25 +185,51 @@ def save_weights(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _plan_files(
-    parameters: dict[str, Tensor], sources: dict[str, Source], dtype: torch.dtype | None, file_bytes: int
-) -> dict[str, dict[str, list[str]]]:
-    """File name -> tensor name -> our parameters that make it up, from its first row to its last."""
+def _parts(sources: dict[str, Source]) -> dict[str, list[str]]:
+    """Tensor name, in the order of the model -> our parameters that make it up."""
     tensors = defaultdict(list)
-    for ours in sorted(sources, key=lambda name: sources[name].start):
-        tensors[sources[ours].name].append(ours)
-    groups, used = [{}], 0
-    for name in dict.fromkeys(source.name for source in sources.values()):  # in the order of the model
-        parts = tensors[name]
-        size = sum(parameters[p].numel() * (dtype or parameters[p].dtype).itemsize for p in parts)
+    for ours, source in sources.items():
+        for name in source.names:
+            tensors[name].append(ours)
+    return tensors
+
+
+def _plan_files(
+    parameters: dict[str, Tensor],
+    sources: dict[str, Source],
+    tensors: dict[str, list[str]],
+    dtype: torch.dtype | None,
+    file_bytes: int,
+) -> dict[str, list[str]]:
+    """File name -> the tensors it holds."""
+    groups, used = [[]], 0
+    for name, parts in tensors.items():
+        size = sum(
+            parameters[p].numel() // len(sources[p].names) * (dtype or parameters[p].dtype).itemsize for p in parts
+        )
         if groups[-1] and used + size > file_bytes:
-            groups.append({})
+            groups.append([])
             used = 0
-        groups[-1][name] = parts
+        groups[-1].append(name)
         used += size
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _assemble(name: str, parts: dict[str, tuple[Source, Tensor]], dtype: torch.dtype | None) -> Tensor:
+    """The tensor `name` of the files from the whole parameters that make it up."""
+    tensor = None
+    for source, parameter in parts.values():
+        parameter = parameter.to(dtype or parameter.dtype)
+        if source.experts:
+            parameter = parameter[source.names.index(name)]
+        elif len(parts) > 1:
+            tensor = parameter.new_empty(source.shape(parameter.shape)) if tensor is None else tensor
+            source.of(tensor).copy_(parameter)
+            continue
+        tensor = parameter.mT if source.transposed else parameter
+    return tensor.contiguous()
 
 
 def _gather(parameter: Tensor, keep: bool) -> Tensor | None:

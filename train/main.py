@@ -84,6 +84,7 @@ def train(config: Config) -> None:
         getattr(torch, config.model.dtype),
         model_config.head_dim,
         softcap=model_config.attention_softcap is not None,
+        sinks=model_config.attention_sinks,
     )
     with torch.device("meta"):
         model = Decoder(model_config, attention.name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from train.attention.interface import Segments
-from train.model.families import weight_sources
+from train.model.sources import weight_sources
 
 Document = tuple[Tensor, Tensor]
 
@@ -22,7 +22,7 @@ class KeepDouble(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.float:
             return args[0].double()
-        if func is torch.Tensor.to:
+        if func in (torch.Tensor.to, torch.Tensor.type):
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
         if func in (torch.Tensor.to, nn.functional.softmax) and kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
@@ -93,10 +93,9 @@ def distance(value: Tensor, reference: Tensor) -> float:
 
 def gradient_distances(model: nn.Module, reference: dict[str, Tensor]) -> dict[str, float]:
     """Distance of every parameter's gradient of our `model` from transformers' (by its names, fused ones cut)."""
-    sources = weight_sources(model.config)
+    sources = weight_sources(model.config, stacked=True)  # transformers' modules hold experts so
     distances = {}
     for name, parameter in model.named_parameters():
         source = sources[name]
-        theirs = reference[source.name][source.start : source.start + source.rows]
-        distances[name] = distance(parameter.grad, theirs)
+        distances[name] = distance(parameter.grad, source.of(reference[source.name]))
     return distances

@@ -17,8 +17,8 @@ from ranks import run_ranks
 from train import hf
 from train.attention.interface import Segments
 from train.model.decoder import Decoder
-from train.model.families import weight_sources
 from train.model.initialize import init_weights
+from train.model.sources import weight_sources
 
 
 def load_plain(folder: Path) -> Decoder:

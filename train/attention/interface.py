@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from train.packs import Packs, TokenPacks
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -30,11 +32,14 @@ class Segments:
     that its length can stay the same from step to step. `max_seqlen` bounds every document's length; it sizes the
     launch of GPU kernels and changes nothing in the result. A context-parallel rank holds only a part of the row: its
     segments are what it holds of each document (one run, or two chunks), some of them empty, and `part` tells the rest.
+    `packs` tells real tokens from padding, and the decoder derives `token_packs` from it; attention reads neither.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     part: "Part | None" = None
+    packs: Packs | None = None
+    token_packs: TokenPacks | None = None
 
     @property
     def document_lengths(self) -> Tensor:

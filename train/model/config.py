@@ -36,6 +36,50 @@ class LayerConfig:
 
     window: int | None  # visible keys, the query's own included; None: the whole document
     rope: Rope | None  # None: no position embedding
+    experts: bool = False  # a mixture of experts (`ModelConfig.moe`) in place of the MLP
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts: a router sends each token to `top_k` of `num_experts` small MLPs.
+
+    The chosen experts' scores are their weights, divided by their sum (`renormalise`), times `scale`. With groups, only
+    experts of the `top_groups` best of `groups` equal runs can be chosen; a group is as good as its two best experts.
+    `router_bias` is a learned part of the logits. `correction_bias` is added to the scores for the choice alone, moved
+    by the load, not by a gradient (arXiv 2408.15664). `swiglu_limit` clamps gate and up projection (GPT-OSS), and the
+    expert then is gate·sigmoid(`swiglu_alpha`·gate)·(up + 1). A shared expert of `shared_size` (0: none) sees every
+    token; `shared_gate` weighs it by the sigmoid of a projection.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    router_bias: bool = False
+    correction_bias: bool = False
+    expert_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
+    shared_size: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True)
+class MlaConfig:
+    """Latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are projections of a vector of `kv_rank`, and
+    queries of one of `query_rank` (None: of the hidden state). The last `rope_dim` of a head's dimensions are turned,
+    the same for the keys of all heads; values have `value_dim`. `interleaved`: pairs (0, 1), (2, 3) … are turned and
+    not (0, R/2), (1, R/2 + 1) …"""
+
+    query_rank: int | None
+    kv_rank: int
+    rope_dim: int
+    value_dim: int
+    interleaved: bool
 
 
 @dataclass(frozen=True)
@@ -66,6 +110,9 @@ class ModelConfig:
     embedding_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    attention_sinks: bool = False  # a learned logit a head in the denominator of the softmax
+    mla: MlaConfig | None = None
+    moe: MoeConfig | None = None
 
     @property
     def num_layers(self) -> int:

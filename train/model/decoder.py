@@ -8,6 +8,8 @@ What parallelism may replace from outside: `block.attention.core` (context paral
 (tensor parallelism), `model.layers` entries (pipeline stages, compiled blocks).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -15,24 +17,12 @@ from train.attention.choose import BACKENDS, varlen_attention
 from train.attention.interface import Segments
 from train.loss import linear_cross_entropy
 from train.model.config import LayerConfig, ModelConfig
+from train.model.mla import LatentAttention
+from train.model.mlp import Mlp
+from train.model.moe import MixtureOfExperts
+from train.model.norm import Norm
 from train.model.rope import apply_rope, rope_tables
-
-
-class Norm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in at least float32."""
-
-    def __init__(self, size: int, eps: float, offset: float = 0.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps, self.offset = eps, offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.offset == 0.0:
-            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = torch.promote_types(x.dtype, torch.float32)  # 1 + weight would round a small weight away in bfloat16
-        return nn.functional.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide) + self.offset, self.eps).to(
-            x.dtype
-        )
+from train.packs import token_packs
 
 
 class AttentionCore(nn.Module):
@@ -59,7 +49,7 @@ class AttentionCore(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: LayerConfig, backend: str):
+    def __init__(self, config: ModelConfig, core: AttentionCore):
         super().__init__()
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.head_dim = H
@@ -73,7 +63,8 @@ class Attention(nn.Module):
             q_size, k_size = (H, H) if self.norm_heads else (N * H, K * H)
             self.q_norm = Norm(q_size, config.norm_eps, config.norm_offset)
             self.k_norm = Norm(k_size, config.norm_eps, config.norm_offset)
-        self.core = AttentionCore(config, layer, backend)
+        self.sinks = nn.Parameter(torch.empty(N)) if config.attention_sinks else None
+        self.core = core
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor] | None, segments: Segments) -> Tensor:
         q_TNH = self._heads(self.q_proj(x_TD), self.q_norm)
@@ -81,32 +72,13 @@ class Attention(nn.Module):
         v_TKH = self._heads(self.v_proj(x_TD), None)
         if rope is not None:
             q_TNH, k_TKH = apply_rope(q_TNH, *rope), apply_rope(k_TKH, *rope)
-        return self.o_proj(self.core(q_TNH, k_TKH, v_TKH, segments).flatten(1))
+        return self.o_proj(self.core(q_TNH, k_TKH, v_TKH, segments, sinks_N=self.sinks).flatten(1))
 
     def _heads(self, x: Tensor, norm: Norm | None) -> Tensor:
         if norm is not None and not self.norm_heads:
             x = norm(x)
         x = x.unflatten(1, (-1, self.head_dim))
         return norm(x) if norm is not None and self.norm_heads else x
-
-
-class Mlp(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        D, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, F_, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(D, F_, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(F_, D, bias=config.mlp_bias)
-        self.activation = config.activation
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF = self.gate_proj(x_TD)
-        gate_TF = (
-            nn.functional.silu(gate_TF)
-            if self.activation == "silu"
-            else nn.functional.gelu(gate_TF, approximate="tanh")
-        )
-        return self.down_proj(gate_TF * self.up_proj(x_TD))
 
 
 class Block(nn.Module):
@@ -119,17 +91,25 @@ class Block(nn.Module):
             return Norm(config.hidden_size, config.norm_eps, config.norm_offset) if wanted else None
 
         self.attention_norm = norm(config.pre_norm)
-        self.attention = Attention(config, layer, backend)
+        kind = Attention if config.mla is None else LatentAttention
+        self.attention = kind(config, AttentionCore(config, layer, backend))
         self.attention_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm)
-        self.mlp = Mlp(config)
+        self.mlp = (
+            MixtureOfExperts(config)
+            if layer.experts
+            else Mlp(config.hidden_size, config.intermediate_size, config.activation, bias=config.mlp_bias)
+        )
         self.mlp_post_norm = norm(config.post_norm)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor] | None, segments: Segments) -> Tensor:
         """`rope` is (cosine, sine) of this layer's kind for the row's positions, or None."""
         attended = self.attention(_optional(self.attention_norm, x_TD), rope, segments)
         x_TD = x_TD + _optional(self.attention_post_norm, attended)
-        return x_TD + _optional(self.mlp_post_norm, self.mlp(_optional(self.mlp_norm, x_TD)))
+        normed_TD = _optional(self.mlp_norm, x_TD)
+        has_experts = isinstance(self.mlp, MixtureOfExperts)
+        out_TD = self.mlp(normed_TD, segments.token_packs) if has_experts else self.mlp(normed_TD)
+        return x_TD + _optional(self.mlp_post_norm, out_TD)
 
 
 def _optional(norm: Norm | None, x: Tensor) -> Tensor:
@@ -162,8 +142,8 @@ class Decoder(nn.Module):
     """A causal language model over one packed row.
 
     Parameters mean nothing until they are filled: do it with `train.hf.load_weights` or
-    `train.model.initialize.init_weights`. Building under `torch.device("meta")` needs nothing else, for there are no
-    buffers.
+    `train.model.initialize.init_weights`. Building under `torch.device("meta")` needs nothing else: the only buffers,
+    the correction biases of routers, are filled with the parameters.
     """
 
     def __init__(self, config: ModelConfig, attention_backend: str = "cpu"):
@@ -184,6 +164,8 @@ class Decoder(nn.Module):
         already shifted: `labels_T[t]` is the token to predict from token t, −100 where there is none. The loss is
         float32, float64 in a float64 model.
         """
+        if self.config.moe is not None:
+            segments = replace(segments, token_packs=token_packs(segments, position_ids_T))
         x_TD = self.embed_tokens(input_ids_T)
         if self.config.embedding_scale is not None:
             x_TD = x_TD * x_TD.new_tensor(self.config.embedding_scale)  # rounded to the model's type, as trained

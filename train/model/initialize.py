@@ -20,7 +20,7 @@ def init_weights(model: Decoder, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if name in norms:
             parameter.fill_(neutral_norm)
-        elif name.endswith(".bias"):
+        elif name.endswith("bias"):
             parameter.zero_()
         else:
             generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()) >> 1)
@@ -31,3 +31,5 @@ def init_weights(model: Decoder, seed: int) -> None:
                 parameter.to_local().copy_(values.to_local())
             else:
                 parameter.copy_(values)
+    for buffer in model.buffers():  # correction biases of routers
+        buffer.zero_()

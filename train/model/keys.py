@@ -67,6 +67,11 @@ class Keys:
         for key in DROPOUTS:
             if self.take(key, 0.0):
                 raise ValueError(f"Dropout is not supported: set {key} to 0 in config.json.")
+        if "quantization_config" in self._left:
+            raise ValueError(
+                "Quantised weights cannot be trained: convert the model to bfloat16 first (transformers: "
+                "from_pretrained(…, dtype=torch.bfloat16) with a dequantising configuration, then save_pretrained)."
+            )
         for key, value in self._left.items():
             if value is not None and value is not False:
                 raise ValueError(
@@ -114,8 +119,12 @@ def read_rope(
     elif kind == "yarn":
         factor = given.pop("factor")
         attention_factor = given.pop("attention_factor", None)
+        mscale, mscale_all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)
         if attention_factor is None:
-            attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+            stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
+            attention_factor = stretch + 1.0
+            if mscale and mscale_all_dim:  # DeepSeek: the rest is in the scale of the scores
+                attention_factor = (stretch * mscale + 1.0) / (stretch * mscale_all_dim + 1.0)
         betas = {key: given.pop(key, None) or default for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))}
         truncate = given.pop("truncate", True)
         rope = Rope(

@@ -49,6 +49,23 @@ LONG_ROPE = {  # one document of LENGTHS is longer than the original context, th
     "short_factor": [1.0, 1.1, 1.3],
     "long_factor": [1.0, 2.0, 4.0],
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 28,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 14,
+    "num_key_value_heads": 4,
+}
+DEEPSEEK_ROPE = YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32, "beta_slow": 1}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 
 
@@ -58,6 +75,7 @@ class Case:
     config: str
     options: dict[str, Any] = field(default_factory=dict)
     eager: bool = False  # where transformers' SDPA leaves out the softcap
+    stacked: bool = False  # the files hold the experts of a layer in one tensor
 
 
 CASES = {
@@ -104,6 +122,33 @@ CASES = {
     "phi3-longrope": Case("phi3", "Phi3Config", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
     "smollm3": Case("smollm3", "SmolLM3Config", {"no_rope_layer_interval": 2}),
     "olmo2": Case("olmo2", "Olmo2Config"),
+    "mixtral": Case("mixtral", "MixtralConfig", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "mixtral-stacked": Case("mixtral", "MixtralConfig", {"num_local_experts": 4, "sliding_window": 9}, stacked=True),
+    "qwen3-moe": Case("qwen3_moe", "Qwen3MoeConfig", EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3-moe-stacked": Case("qwen3_moe", "Qwen3MoeConfig", EXPERTS | {"decoder_sparse_step": 2}, stacked=True),
+    "qwen2-moe": Case("qwen2_moe", "Qwen2MoeConfig", EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "qwen2-moe-window": Case(
+        "qwen2_moe",
+        "Qwen2MoeConfig",
+        EXPERTS
+        | {"shared_expert_intermediate_size": 40, "norm_topk_prob": True, "qkv_bias": False}
+        | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
+        stacked=True,
+    ),
+    "deepseek-v3": Case("deepseek_v3", "DeepseekV3Config", DEEPSEEK | {"rope_parameters": DEEPSEEK_ROPE}),
+    "deepseek-v3-stacked": Case(
+        "deepseek_v3",
+        "DeepseekV3Config",
+        DEEPSEEK
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False, "v_head_dim": 20}
+        | {"attention_bias": True, "norm_topk_prob": False},
+        stacked=True,
+    ),
+    "gpt-oss": Case(
+        "gpt_oss",
+        "GptOssConfig",
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 16, "sliding_window": 9, "swiglu_limit": 1.0},
+    ),
 }
 
 
@@ -119,7 +164,10 @@ def case(request, tmp_path_factory):
         for name, parameter in model.named_parameters():
             offset = 1.0 if "norm" in name and not case.family.startswith("gemma") else 0.0
             torch.nn.init.normal_(parameter, mean=offset, std=0.2)
-    model.save_pretrained(folder)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.2)
+    model.save_pretrained(folder, save_original_format=not case.stacked)
     return folder, case
 
 
@@ -128,8 +176,10 @@ def load(folder, case, dtype):
         ours = Decoder(hf.read_config(folder)).to(dtype)
     ours.to_empty(device="cpu")
     hf.load_weights(ours, folder)
-    attention = {"attn_implementation": "eager"} if case.eager else {}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attention)
+    options = {"attn_implementation": "eager"} if case.eager else {}
+    if ours.config.moe is not None:
+        options["experts_implementation"] = "eager"  # the only one that runs in float64
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return ours, theirs.to(dtype)
 
 
