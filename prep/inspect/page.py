@@ -44,7 +44,11 @@ def render(report: dict) -> str:
         ledger=ledger_rows(report["ledger"]["total"]),
         ledgers={name: ledger_rows(account) for name, account in sorted(report["ledger"]["sources"].items())},
         lengths=_length_rows(histograms["length"]),
-        best=max(report["whatif"]["rows"], key=lambda row: row["fill"]),
+        fills=_fill_rows(histograms["fill"]),
+        per_pack=_per_pack_rows(histograms["documents_per_pack"]),
+        whatif=whatif_matrix(report),
+        errors=report["lint"]["errors"],
+        warnings=report["lint"]["warnings"],
         pictures={name: Markup(svg) for name, svg in pictures.items()},
     )
 
@@ -82,10 +86,41 @@ def ledger_rows(account: dict) -> list[tuple[str, int, int]]:
     return [(what, count["documents"], count["tokens"]) for what, count in rows]
 
 
+def whatif_matrix(report: dict) -> dict:
+    """The what-if table with one row an algorithm and capacity: {"cps", "rows": [{"algo", "seq_len", "packs", "cut",
+    "cells": [{"fill" (None where impossible), "here", "best"} by cp]}], "here" (whether any cell is)}; packs and cut
+    are those of the first cp."""
+    made = {(w["seq_len"], w["algo"], w["cp"]): w for w in report["whatif"]["rows"]}
+    cps = sorted({cp for _, _, cp in made})
+    best = {n: max(w["fill"] for (seq_len, _, _), w in made.items() if seq_len == n) for n, _, _ in made}
+    here = (report["capacity"], report["algorithm"], report["cp"])
+    rows = []
+    for seq_len, algo in dict.fromkeys((n, algo) for n, algo, _ in made):
+        cells = []
+        for cp in cps:
+            outcome = made.get((seq_len, algo, cp))
+            fill = outcome["fill"] if outcome else None
+            cells.append({"fill": fill, "here": (seq_len, algo, cp) == here, "best": fill == best[seq_len]})
+        first = made.get((seq_len, algo, cps[0]))
+        rows.append({"algo": algo, "seq_len": seq_len, "packs": first["packs"], "cut": first["cut"], "cells": cells})
+    return {"cps": cps, "rows": rows, "here": here in made}
+
+
 def _length_rows(histogram: dict) -> list[tuple[int, int, int]]:
     edges = histogram["edges"]
     rows = zip(edges[:-1], edges[1:], histogram["documents"], strict=True)
     return [(low, high - 1, count) for low, high, count in rows if count]
+
+
+def _fill_rows(histogram: dict) -> list[tuple[int, int, int]]:
+    edges = [round(100 * edge) for edge in histogram["edges"]]
+    return [row for row in zip(edges[:-1], edges[1:], histogram["packs"], strict=True) if row[2]]
+
+
+def _per_pack_rows(histogram: dict) -> list[tuple[int, int, int]]:
+    first, width = histogram["first"], histogram["width"]
+    rows = ((first + i * width, first + (i + 1) * width - 1, n) for i, n in enumerate(histogram["packs"]))
+    return [row for row in rows if row[2]]
 
 
 def _percent(value: float) -> str:

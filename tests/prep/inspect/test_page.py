@@ -88,6 +88,12 @@ def test_all_figures_and_numbers(packed, page):
     for finding in report["lint"]["findings"]:
         assert finding["check"] in text
     assert text.count('class="here"') == 1
+    for row in report["whatif"]["rows"]:
+        here = (row["algo"], row["seq_len"], row["cp"]) == (report["algorithm"], report["capacity"], report["cp"])
+        assert f"{row['fill']:.2%}</td>" in text
+        assert not here or f'<td class="here">{row["fill"]:.2%}</td>' in text
+    for low, count in enumerate(report["histograms"]["fill"]["packs"]):
+        assert not count or f"<td>{2 * low} – {2 * low + 2} %</td><td>{count:,}</td>" in re.sub(r">\s+<", "><", text)
     for low, high, count in zip(
         report["histograms"]["length"]["edges"][:-1],
         report["histograms"]["length"]["edges"][1:],
