@@ -131,6 +131,7 @@ class PackedLoader:
         self.row_count = accumulation(schedule.batch_packs, schedule.micro_packs, dp_size)
         self.row_tokens = align_up(schedule.micro_packs * dataset.manifest.capacity, cut.multiple)
         self._consumed = consumed
+        self._step_tokens = 0
         self._order = (-1, np.empty(0, np.int64))
         self.stall_seconds = 0.0
         self.pairs = dict.fromkeys(windows, 0)
@@ -154,13 +155,14 @@ class PackedLoader:
         epoch, start, stop = step_span(self._consumed, self._schedule.num_packs, self._schedule.batch_packs)
         packs, index = self._epoch_order(epoch)[start:stop], self._dataset.index
         self._consumed += stop - start
+        self._step_tokens = int(index.tokens[packs].sum(dtype=np.int64))
         self.stall_seconds = 0.0
         self.pairs = dict.fromkeys(self.pairs, 0)
         return StepFacts(
             epoch=epoch,
             consumed=self._consumed,
             packs=stop - start,
-            tokens=int(index.tokens[packs].sum(dtype=np.int64)),
+            tokens=self._step_tokens,
             target_tokens=int(index.target_tokens[packs].sum(dtype=np.int64)),
             positions=self.row_count * self._dp_size * self.row_tokens,
             sum_sq=int(index.sum_sq[packs].sum()),
@@ -178,7 +180,7 @@ class PackedLoader:
             self._next_in_use += 1
             for window, pairs in row.pairs.items():
                 self.pairs[window] += pairs
-            yield row.to(self._device)
+            yield row.to(self._device, self._step_tokens)
 
     def _take_run(self) -> None:
         """Give the used run back and wait for the next."""

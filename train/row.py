@@ -19,6 +19,7 @@ from formats.schema import IGNORE_INDEX
 from formats.shard import pack_digest
 from train.attention.interface import Part, Segments
 from train.cut import Cut
+from train.packs import Packs
 
 TAIL_SEGMENT = 128
 """Longest segment of tail padding: attention costs the square of a segment."""
@@ -118,6 +119,8 @@ class Row:
         row["position_ids"][tokens - rest :] = torch.arange(rest)
         self._arrays = {name: tensor.numpy() for name, tensor in row.items()}
         self._host = row if cut.size == 1 else cut.buffers(row, pinned=pinned)
+        self._host = self._host | {"seq_lens": torch.empty(self._most_segments, dtype=torch.int32, pin_memory=pinned)}
+        self._micro_packs = micro_packs
         self._part = {name: tensor.numpy() for name, tensor in self._host.items()}
         self._max_seqlen = 0
         self._copied: torch.cuda.Event | None = None
@@ -135,6 +138,8 @@ class Row:
         constants = self._pad_id, self._longest_tail
         cu_seqlens[0] = 0
         segments, longest = 0, TAIL_SEGMENT
+        seq_lens = self._part["seq_lens"]
+        seq_lens[:] = 0  # in padding
         self.pairs = dict.fromkeys(self.pairs, 0)
         for k, number in enumerate(packs.tolist()):
             ids, mask, slots = _NO_IDS, _NO_MASK, _NO_IDS
@@ -144,6 +149,7 @@ class Row:
                     self._dataset.check(number)  # raises, naming shard and row
                 ids, mask, slots = pack.input_ids, pack.loss_mask, pack.seq_lens_padded
                 longest = max(longest, int(self._longest[number]))
+                seq_lens[segments : segments + len(pack.seq_lens)] = pack.seq_lens
                 for window in self.pairs:
                     self.pairs[window] += int(causal_pairs(pack.seq_lens, window).sum())
             segments = _fill_pack(ids, mask, slots, k * capacity, capacity, *constants, *targets, segments)
@@ -154,14 +160,16 @@ class Row:
         if self._cut.size > 1:
             self._first_keys = self._cut.fill(arrays, self._part)
 
-    def to(self, device: torch.device) -> MicroBatch:
-        """The row on `device`: the buffers themselves on CPU, copies in flight on CUDA."""
+    def to(self, device: torch.device, step_tokens: int) -> MicroBatch:
+        """The row on `device`: the buffers themselves on CPU, copies in flight on CUDA. `step_tokens` are the real
+        tokens of the step that it is a row of."""
         tensors = self._host
         if device.type == "cuda":
             tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self._host.items()}
             self._copied = torch.cuda.Event()
             self._copied.record()
-        segments = Segments(tensors["cu_seqlens"], self._max_seqlen)
+        packs = Packs(tensors["seq_lens"], self._micro_packs, self._capacity, step_tokens)
+        segments = Segments(tensors["cu_seqlens"], self._max_seqlen, packs=packs)
         if self._cut.size > 1:
             keys = tensors.get("cu_seqlens_k"), tensors.get("key_rows")
             part = Part(tensors["row_cu_seqlens"], self._max_seqlen, self._first_keys, *keys)
