@@ -18,6 +18,9 @@ import yaml
 
 from train.attention.choose import BACKENDS
 
+PP_SCHEDULES = ("gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev")
+SPLIT_BACKWARD = PP_SCHEDULES[3:]
+
 
 def _flag(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"help": help_text, "choices": choices})
@@ -73,7 +76,9 @@ class Layout:
 
     device: str = _flag("auto", "where to run; auto takes CUDA when there is any", ("auto", "cpu", "cuda"))
     threads: int = _flag(0, "CPU threads per rank; 0: the machine's cores divided among its ranks")
-    pp: int = _flag(1, "pipeline stages")
+    pp: int = _flag(1, "pipeline-parallel ranks")
+    pp_schedule: str = _flag("1f1b", "order of the rows in a pipeline; the last three split the backward", PP_SCHEDULES)
+    pp_split: str | None = _flag(None, "layers of each stage, as 6,6,5,3; left out: as even in cost as they can be")
     dp_replicate: int = _flag(1, "replicas of the sharded model (HSDP when more than 1)")
     dp_shard: int = _flag(-1, "ranks a replica is sharded over; -1: all that are left")
     cp: int = _flag(1, "context-parallel ranks")
@@ -157,6 +162,8 @@ class Combination:
     refused: Callable[[Config], bool] | None = None
 
 
+PIPELINES = "tests/dist/test_pp.py"
+
 COMBINATIONS = (
     Combination("FSDP2 (dp_shard)", {}, "tests/dist/test_parity.py"),
     Combination("HSDP (dp_replicate × dp_shard)", {"dp_replicate": 2}, "tests/dist/test_parity.py"),
@@ -198,11 +205,14 @@ COMBINATIONS = (
         "--tp {tp} is not driven yet: leave it at 1, the ranks then shard the model over dp_shard",
         lambda c: c.layout.tp > 1,
     ),
+    Combination("pipeline, all forwards before all backwards", {"pp": 2, "pp_schedule": "gpipe"}, PIPELINES),
+    Combination("pipeline, one forward one backward", {"pp": 2}, PIPELINES),
+    Combination("pipeline, interleaved stages", {"pp": 2, "pp_schedule": "interleaved"}, PIPELINES),
     Combination(
-        "pipeline parallelism",
-        {"pp": 2},
-        "--pp {pp} is not driven yet: leave it at 1, the ranks then shard the model over dp_shard",
-        lambda c: c.layout.pp > 1,
+        "pipeline, backward split into inputs and weights",
+        {"pp": 2, "pp_schedule": "zbv"},
+        "--pp-schedule {pp_schedule} is not driven yet: take 1f1b, or interleaved, whose bubble is smaller",
+        lambda c: c.layout.pp > 1 and c.layout.pp_schedule in SPLIT_BACKWARD,
     ),
     Combination(
         "expert parallelism",

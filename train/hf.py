@@ -150,9 +150,11 @@ def save_weights(
 
     Collective: every rank calls it, rank 0 writes. `dtype` is that of the stored weights, by default that of the
     parameters. Files hold up to `file_bytes`; several get an index. The folder appears whole: it is written under
-    another name and renamed, replacing an earlier export. Experts lie in it as they do in `source`.
+    another name and renamed, replacing an earlier export. Experts lie in it as they do in `source`. Tensors of other
+    pipeline stages are sent to rank 0, each when its turn comes.
     """
-    parameters = model.state_dict()
+    own = model.state_dict()
+    parameters, holders = _everywhere(own)
     with ExitStack() as stack:
         has_weights = (source / INDEX).exists() or (source / WEIGHTS).exists()  # not where a run began from scratch
         names = _open_files(source, stack).keys() if has_weights else ()
@@ -171,7 +173,8 @@ def save_weights(
             for name in names:
                 # Collective, on every rank. The tensors of a parameter follow each other: it is gathered once.
                 whole = {
-                    part: whole[part] if part in whole else _gather(parameters[part], writes) for part in tensors[name]
+                    part: whole[part] if part in whole else _gather(own.get(part), parameters[part], holders[part])
+                    for part in tensors[name]
                 }
                 if writes:
                     gathered[name] = _assemble(name, {part: (sources[part], whole[part]) for part in whole}, dtype)
@@ -232,13 +235,36 @@ def _assemble(name: str, parts: dict[str, tuple[Source, Tensor]], dtype: torch.d
     return tensor.contiguous()
 
 
-def _gather(parameter: Tensor, keep: bool) -> Tensor | None:
-    if isinstance(parameter, DTensor):
-        mesh_device = parameter.device_mesh.device_type
-        if parameter.device.type != mesh_device:  # CPU offload: the collective needs the mesh's device
-            parameter = parameter.to(mesh_device)
-        parameter = parameter.full_tensor()
-    return parameter.detach().cpu() if keep else None
+def _everywhere(own: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Every tensor that some rank has, on meta, and the first rank that has it; `own` are those of this rank."""
+    described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()}
+    of_ranks = [described]
+    if dist.is_initialized():
+        of_ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, described)
+    found, holders = {}, {}
+    for rank, names in enumerate(of_ranks):
+        for name, (shape, dtype) in names.items():
+            if name not in found:
+                found[name], holders[name] = torch.empty(shape, dtype=dtype, device="meta"), rank
+    return found, holders
+
+
+def _gather(own: Tensor | None, described: Tensor, holder: int) -> Tensor | None:
+    """A whole tensor on the CPU of rank 0, None elsewhere; `own` is this rank's, None where it has no part of it."""
+    if isinstance(own, DTensor):
+        mesh_device = own.device_mesh.device_type
+        if own.device.type != mesh_device:  # CPU offload: the collective needs the mesh's device
+            own = own.to(mesh_device)
+        own = own.full_tensor()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if holder != 0 and rank == holder:
+        # By way of the CPU, where every process group can talk.
+        dist.send(own.detach().cpu().contiguous(), dst=0)
+    elif holder != 0 and rank == 0:
+        own = torch.empty(described.shape, dtype=described.dtype)
+        dist.recv(own, src=holder)
+    return own.detach().cpu() if rank == 0 else None
 
 
 def _write_companions(

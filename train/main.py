@@ -36,6 +36,7 @@ from train.model.decoder import Decoder
 from train.optim import build_optimizer, learning_rate
 from train.outdir import claim
 from train.parallel.apply import parallelize
+from train.parallel.pipeline import Pipeline
 from train.profiling import StepProfiler
 from train.step import DP_AXES, evaluate, sum_over, train_step
 from train.trackers import open_trackers
@@ -101,7 +102,7 @@ def train(config: Config) -> None:
     metrics = Metrics(out, steps, position.step, open_trackers(config, position.step) if first else [], enabled=first)
     metrics.say(
         f"{dist.get_world_size()} ranks on {device.type}: {mesh}; "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters in {config.model.dtype}; "
+        f"{parameter_count(model, mesh):,} parameters in {config.model.dtype}; "
         f"attention {attention.name}"
         + f" with {config.layout.cp_method} over cp, {'zigzag' if cut.zigzag else 'contiguous'}"
         * (mesh.cp_size > 1)
@@ -186,12 +187,24 @@ def train(config: Config) -> None:
     metrics.close()
 
 
+def parameter_count(model: Decoder | Pipeline, mesh: Mesh) -> int:
+    """Parameters of the whole model, those of every pipeline stage added up."""
+    count = torch.tensor(sum(p.numel() for p in model.parameters()))
+    return int(sum_over(mesh, count, ("pp",)))
+
+
 def evaluate_packs(
-    config: Config, model: Decoder, mesh: Mesh, dataset: PackedDataset, device: torch.device, metrics: Metrics
+    config: Config,
+    model: Decoder | Pipeline,
+    mesh: Mesh,
+    dataset: PackedDataset,
+    device: torch.device,
+    metrics: Metrics,
 ) -> tuple[float, int]:
     """Mean loss of the first `--eval-packs` packs, and over how many target tokens."""
     packs = min(config.run.eval_packs or len(dataset), len(dataset))
-    batch = mesh.dp_size * config.data.micro_packs
+    # As many rows at a time as a pipeline has stages to keep busy.
+    batch = mesh.dp_size * config.data.micro_packs * mesh.pp_size
     schedule = Schedule(packs, "input", 0, 0, batch, config.data.micro_packs)
     cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest)
     loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device, cut=cut)

@@ -57,6 +57,14 @@ class Mesh:
     dp_size: int
 
     @property
+    def pp_size(self) -> int:
+        return self.root["pp"].size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.root.get_local_rank("pp")
+
+    @property
     def cp_size(self) -> int:
         return self.root["cp"].size()
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from train.config import Optim
+from train.mesh import Mesh
 
 
 def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:
@@ -40,8 +41,10 @@ def learning_rate(step: int, steps: int, config: Optim) -> float:
     return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def gradient_norm(model: nn.Module) -> torch.Tensor:
+def gradient_norm(model: nn.Module, mesh: Mesh | None = None) -> torch.Tensor:
     """2-norm of all gradients over all ranks, a scalar tensor that is equal on every rank.
+
+    Without `mesh` the model must not be cut into pipeline stages, whose squares are added up here, too.
 
     Gradients of different meshes cannot meet in one DTensor operation, so squares are summed on the local shards,
     reduced once for each (mesh, sharded axes), and added up.
@@ -51,26 +54,28 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
         if parameter.grad is None:
             continue
         if isinstance(parameter.grad, DTensor):
-            mesh = parameter.grad.device_mesh
+            holders = parameter.grad.device_mesh
             assert not any(p.is_partial() for p in parameter.grad.placements), "a gradient was left unreduced"
             axes = tuple(axis for axis, p in enumerate(parameter.grad.placements) if p.is_shard())
-            buckets.setdefault((mesh, axes), []).append(parameter.grad.to_local())
+            buckets.setdefault((holders, axes), []).append(parameter.grad.to_local())
         else:
             buckets.setdefault((None, ()), []).append(parameter.grad)
     total = None
-    for (mesh, axes), grads in buckets.items():
+    for (holders, axes), grads in buckets.items():
         squares = torch.stack(torch._foreach_norm(grads)).square().sum(dtype=torch.float64)
         for axis in axes:
-            dist.all_reduce(squares, group=mesh.get_group(axis))
+            dist.all_reduce(squares, group=holders.get_group(axis))
         total = squares if total is None else total + squares
     assert total is not None, "no parameter has a gradient"
+    if mesh is not None and mesh.pp_size > 1:
+        dist.all_reduce(total, group=mesh.root.get_group("pp"))
     return total.sqrt()
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+def clip_gradients(model: nn.Module, max_norm: float, mesh: Mesh | None = None) -> torch.Tensor:
     """Scale all gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before."""
-    norm = gradient_norm(model)
+    norm = gradient_norm(model, mesh)
     if max_norm > 0 and norm > max_norm:
         local = [
             p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad

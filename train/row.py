@@ -40,6 +40,18 @@ class MicroBatch:
     position_ids: torch.Tensor
     segments: Segments
 
+    def clone(self) -> "MicroBatch":
+        """The same row in tensors of its own."""
+        part = self.segments.part
+        if part is not None:
+            part = replace(part, **_cloned(part))
+        segments = replace(self.segments, **_cloned(self.segments), part=part)
+        return MicroBatch(self.input_ids.clone(), self.labels.clone(), self.position_ids.clone(), segments)
+
+
+def _cloned(value: Segments | Part) -> dict[str, torch.Tensor]:
+    return {name: field.clone() for name, field in vars(value).items() if isinstance(field, torch.Tensor)}
+
 
 @numba.njit(nogil=True, cache=True)
 def _fill_pack(

@@ -13,6 +13,7 @@ from train.config import Optim
 from train.data import PackedLoader
 from train.mesh import Mesh
 from train.optim import clip_gradients
+from train.parallel.pipeline import Pipeline
 from train.row import MicroBatch
 
 
@@ -37,8 +38,8 @@ def sum_over(mesh: Mesh, value: torch.Tensor, axes: Iterable[str]) -> torch.Tens
 DP_AXES = ("dp_replicate", "dp_shard")
 """Axes whose ranks train different packs."""
 
-LOSS_AXES = (*DP_AXES, "cp")
-"""Axes whose ranks hold different tokens of a step."""
+LOSS_AXES = ("pp", *DP_AXES, "cp")
+"""Axes whose ranks hold different tokens of a step, or of which only one has the loss (pp)."""
 
 
 def accumulate_gradients(
@@ -47,8 +48,11 @@ def accumulate_gradients(
     """Forward and backward over a rank's `rows`; returns this rank's share of the loss, float64 scalar.
 
     Each row's summed loss is divided by the *global* number of targets of the step before backward, so gradients only
-    ever need to be summed. They are communicated once, in the backward of the last row.
+    ever need to be summed. They are communicated once, in the backward of the last row. A pipeline does the same in
+    the order of its schedule; its ranks without the last stage return 0.
     """
+    if isinstance(model, Pipeline):
+        return model.accumulate_gradients(rows, target_tokens)
     share = None
     for i, row in enumerate(rows):
         if isinstance(model, FSDPModule):
@@ -75,7 +79,7 @@ def train_step(
     """
     share = accumulate_gradients(model, loader.rows(), loader.row_count, target_tokens)
     loss = sum_over(mesh, share, LOSS_AXES).item()
-    grad_norm = clip_gradients(model, config.max_grad_norm).item()
+    grad_norm = clip_gradients(model, config.max_grad_norm, mesh).item()
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:
         optimizer.step()
@@ -102,9 +106,12 @@ def evaluate(
     progress(0, steps)
     for done in range(1, steps + 1):
         targets += loader.next_step().target_tokens
-        for row in loader.rows():
-            loss = model(row.input_ids, row.position_ids, row.segments, row.labels).double()
-            total = loss if total is None else total + loss
+        if isinstance(model, Pipeline):
+            losses = [model.evaluate(loader.rows())]
+        else:
+            losses = [model(row.input_ids, row.position_ids, row.segments, row.labels) for row in loader.rows()]
+        for loss in losses:
+            total = loss.double() if total is None else total + loss.double()
         progress(done, steps)
     model.train()
     assert total is not None, "an evaluation has at least one step"

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from reference import KeepDouble, gradient_distances, run_by_documents
 from torch.distributed.tensor import DTensor
 
@@ -11,6 +12,7 @@ from train.cut import choose_cut
 from train.data import PackedLoader, Schedule, open_shards
 from train.mesh import build_mesh
 from train.model.decoder import Decoder
+from train.model.sources import weight_sources
 from train.parallel.apply import parallelize
 from train.step import LOSS_AXES, accumulate_gradients, sum_over
 
@@ -58,6 +60,9 @@ def packed_step(model_dir, shards, config, dtype, wanted_path):
     share = accumulate_gradients(model, loader.rows(), loader.row_count, facts.target_tokens)
     loss = sum_over(mesh, share, LOSS_AXES).item()
     loader.close()
+    held = [None] * dist.get_world_size()
+    dist.all_gather_object(held, [name for name, _ in model.named_parameters()])
+    assert set().union(*held) == set(weight_sources(model_config)), "together the ranks hold the whole model"
     for parameter in model.parameters():
         assert parameter.grad.dtype == dtype
         if isinstance(parameter.grad, DTensor):

@@ -149,6 +149,21 @@ def test_a_run_over_context_parallel_ranks_goes_on_without(data, flags, straight
     assert evaluations[1] == pytest.approx(evaluations[2], rel=1e-6)
 
 
+@pytest.mark.parametrize(("world", "layout"), [(2, {"pp": 2}), (4, {"pp": 2, "pp_schedule": "gpipe"})])
+def test_a_run_over_a_pipeline_goes_on_without(world, layout, data, flags, straight, tmp_path):
+    """The same losses and evaluations, a checkpoint that one rank can go on from, and the same export."""
+    out, one = tmp_path / "out", tmp_path / "one"
+    evaluated = {"eval_shards": data / "eval"}
+    run_ranks(run, world, flags(**layout, **evaluated))
+    run_ranks(run, 1, flags(out=one, resume=whole_checkpoints(out)[0], **evaluated))
+    for got, want in zip(steps_of(out) + steps_of(one), steps_of(straight) + steps_of(straight)[3:], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+    evaluations = [line["eval_loss"] for folder in (out, one) for line in read_metrics(folder) if "eval_loss" in line]
+    assert len(evaluations) == 3
+    assert evaluations[1] == pytest.approx(evaluations[2], rel=1e-6)
+
+
 SWITCHES = {"recompute": "full", "dp_replicate": 2, "micro_packs": 2}
 
 

@@ -101,6 +101,7 @@ class Block(nn.Module):
             else Mlp(config.hidden_size, config.intermediate_size, config.activation, bias=config.mlp_bias)
         )
         self.mlp_post_norm = norm(config.post_norm)
+        self.rope = layer.rope
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor] | None, segments: Segments) -> Tensor:
         """`rope` is (cosine, sine) of this layer's kind for the row's positions, or None."""
@@ -144,6 +145,9 @@ class Decoder(nn.Module):
     Parameters mean nothing until they are filled: do it with `train.hf.load_weights` or
     `train.model.initialize.init_weights`. Building under `torch.device("meta")` needs nothing else: the only buffers,
     the correction biases of routers, are filled with the parameters.
+
+    A pipeline stage (`train.parallel.pp`) is a decoder that lacks modules: without `embed_tokens` it is given the
+    hidden states of the stage before in place of ids, without `lm_head` it returns its own.
     """
 
     def __init__(self, config: ModelConfig, attention_backend: str = "cpu"):
@@ -166,15 +170,22 @@ class Decoder(nn.Module):
         """
         if self.config.moe is not None:
             segments = replace(segments, token_packs=token_packs(segments, position_ids_T))
+        x_TD = input_ids_T if self.embed_tokens is None else self._embed(input_ids_T)
+        blocks = list(self.layers.children())
+        ropes = {block.rope for block in blocks if block.rope is not None}
+        tables = {rope: rope_tables(rope, position_ids_T, segments, x_TD.dtype) for rope in ropes}
+        for block in blocks:
+            x_TD = block(x_TD, tables.get(block.rope), segments)
+        if self.lm_head is None:
+            return x_TD
+        tied_weight_VD = self.embed_tokens.weight if self.lm_head.weight is None else None
+        return self.lm_head(self.norm(x_TD), labels_T, tied_weight_VD)
+
+    def _embed(self, input_ids_T: Tensor) -> Tensor:
         x_TD = self.embed_tokens(input_ids_T)
         if self.config.embedding_scale is not None:
             x_TD = x_TD * x_TD.new_tensor(self.config.embedding_scale)  # rounded to the model's type, as trained
-        ropes = {layer.rope for layer in self.config.layers if layer.rope is not None}
-        tables = {rope: rope_tables(rope, position_ids_T, segments, x_TD.dtype) for rope in ropes}
-        for block, layer in zip(self.layers, self.config.layers, strict=True):
-            x_TD = block(x_TD, tables.get(layer.rope), segments)
-        tied_weight_VD = self.embed_tokens.weight if self.config.tied_embeddings else None
-        return self.lm_head(self.norm(x_TD), labels_T, tied_weight_VD)
+        return x_TD
 
 
 def _unfilled_embedding(config: ModelConfig) -> Tensor:

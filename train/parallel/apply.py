@@ -1,21 +1,22 @@
 """The parallel story of the trainer, told once and in order."""
 
-from torch import nn
-
 from train.config import Config
 from train.mesh import Mesh
+from train.model.decoder import Decoder
 from train.parallel.compiling import apply_compile
 from train.parallel.cp import apply_cp
 from train.parallel.fsdp import apply_fsdp
+from train.parallel.pipeline import Pipeline
+from train.parallel.pp import cut_stages
 from train.parallel.recompute import apply_recompute
 
 
-def parallelize(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
+def parallelize(model: Decoder, mesh: Mesh, config: Config) -> Decoder | Pipeline:
     """Apply every dimension to `model` (on the meta device) and return what this rank runs.
 
-    The order, each step `(model, mesh, config) -> model`, and why it stands where it does:
+    The order, each step but the first `(model, mesh, config) -> model`, and why it stands where it does:
 
-    1. pp: cuts the model into stages; everything after works on this rank's layers only. (not driven yet)
+    1. pp: cuts the model into stages; everything after works on this rank's stages, one by one.
     2. tp: replaces parameters by DTensors over tp, which FSDP must find when it shards them further. (not driven yet)
     3. cp: swaps how attention sees the sequence; no parameter changes.
     4. ep: distributes the experts over their own mesh before FSDP takes the rest. (not driven yet)
@@ -23,6 +24,13 @@ def parallelize(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     6. compile: each wrapped block, before FSDP's hooks would break the graph.
     7. fsdp: last, so that it gathers and frees whatever parameters the steps above left on this rank.
     """
+    if mesh.pp_size > 1:
+        stages = cut_stages(model, mesh, config)
+        return Pipeline({number: _parallelize(stage, mesh, config) for number, stage in stages.items()}, mesh, config)
+    return _parallelize(model, mesh, config)
+
+
+def _parallelize(model: Decoder, mesh: Mesh, config: Config) -> Decoder:
     if mesh.cp_size > 1:
         model = apply_cp(model, mesh, config)
     if config.model.recompute != "none":

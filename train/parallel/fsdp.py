@@ -31,12 +31,16 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     )
     options = {"mesh": mesh.fsdp, "mp_policy": precision, "offload_policy": offload}
 
+    # A stage of a pipeline keeps its weights gathered until all rows of the step are through.
+    reshard = config.layout.reshard and mesh.pp_size == 1
     blocks = list(model.layers.children())
     for block in blocks:
         # The last block is needed again at once: backward begins with it.
-        fully_shard(block, reshard_after_forward=config.layout.reshard and block is not blocks[-1], **options)
-    if not model.config.tied_embeddings:
-        fully_shard(model.embed_tokens, reshard_after_forward=config.layout.reshard, **options)
+        fully_shard(block, reshard_after_forward=reshard and block is not blocks[-1], **options)
+    tied = model.lm_head is not None and model.lm_head.weight is None
+    if model.embed_tokens is not None and not tied:
+        fully_shard(model.embed_tokens, reshard_after_forward=reshard, **options)
+    if model.lm_head is not None and not tied:
         fully_shard([model.norm, model.lm_head], reshard_after_forward=False, **options)
     # A tied head uses the embedding's weight, so the root gathers embedding, norm and head together.
     fully_shard(model, reshard_after_forward=False, **options)
@@ -57,8 +61,7 @@ def _prefetch(model: nn.Module, ahead: int) -> None:
     On its own FSDP starts the next gathering when the next block begins to run on the host, forward, and one block
     ahead, backward: enough while the host is far ahead of the GPU.
     """
-    first, last = ([] if model.config.tied_embeddings else [m] for m in (model.embed_tokens, model.norm))
-    groups = [*first, *model.layers.children(), *last]
+    groups = [m for m in (model.embed_tokens, *model.layers.children(), model.norm) if isinstance(m, FSDPModule)]
     for i, group in enumerate(groups):
         group.set_modules_to_forward_prefetch(groups[i + 1 : i + 1 + ahead])
         group.set_modules_to_backward_prefetch(groups[max(0, i - ahead) : i][::-1])

@@ -1,0 +1,93 @@
+"""Pipelines: every schedule, alone and with every other axis, gives the loss and gradients of the documents one at a
+time."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from parity import LIMIT, by_documents, packed_steps
+
+from formats.dataset import PackedDataset
+from make_shards import make_shards, random_packs
+from ranks import run_ranks
+from train.config import Config, Data, Layout, Model
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+# Gemma: scaled and tied embeddings, windows in every other layer, softcaps.
+MODELS = {
+    "untied": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 11, "attn_logit_softcapping": 2.0}),
+}
+CAPACITY = 120
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders of models by name, and of 7 packs."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("pp")
+    found = {}
+    for name, (config, options) in MODELS.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**(SIZES | options)))
+            for key, parameter in model.named_parameters():
+                torch.nn.init.normal_(parameter, mean=float("norm" in key and name != "gemma2"), std=0.15)
+        model.save_pretrained(folder / name)
+        found[name] = folder / name
+    rows = random_packs(np.random.default_rng(4), 7, CAPACITY, 4, 320)
+    found["shards"] = make_shards(folder / "shards", rows, capacity=CAPACITY, align=4, cp=2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def wanted(places, tmp_path_factory):
+    """`wanted(model, dtype)` → (loss, file of the gradients) of transformers, document by document."""
+    folder = tmp_path_factory.mktemp("wanted")
+
+    @functools.cache
+    def compute(model, dtype):
+        attention = "eager" if model == "gemma2" else "sdpa"  # its SDPA leaves out the softcap
+        loss, gradients = by_documents(places[model], PackedDataset(places["shards"]), dtype, attention)
+        torch.save(gradients, folder / f"{model}-{dtype}.pt")
+        return loss, folder / f"{model}-{dtype}.pt"
+
+    return compute
+
+
+def case(schedule, pp, model="tied", dtype=torch.float64, split=None, recompute="none", batch=8, **axes):
+    """7 packs in a batch of 8: some row of some rank is always empty."""
+    layout = Layout(pp=pp, pp_schedule=schedule, pp_split=split, **axes)
+    return Config(data=Data(batch_packs=batch), layout=layout, model=Model(recompute=recompute)), model, dtype
+
+
+SINGLE, SEVERAL = ("gpipe", "1f1b"), ("interleaved",)
+CASES = {2: [case(s, 2) for s in (*SINGLE, *SEVERAL)]}
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_loss_and_every_gradient_equal_the_documents_one_at_a_time(world, places, wanted):
+    check(world, CASES[world], places, wanted)
+
+
+def check(world, cases, places, wanted):
+    arguments = [
+        (places[model], places["shards"], config, dtype, wanted(model, dtype)[1]) for config, model, dtype in cases
+    ]
+    of_ranks = run_ranks(packed_steps, world, arguments, timeout=280)
+    for (config, model, dtype), *results in zip(cases, *of_ranks, strict=True):
+        for loss, error, parameter in results:
+            assert loss == pytest.approx(wanted(model, dtype)[0], rel=LIMIT[dtype]), (config, model, dtype)
+            assert error <= LIMIT[dtype], (config, model, dtype, parameter)
