@@ -50,6 +50,7 @@ class Model:
     """Which weights, and in which precision they are computed."""
 
     model: str | None = _flag(None, "Hugging Face folder of the model (config.json and safetensors)")
+    init: bool = _flag(False, "train from scratch: --model has config.json (and a tokenizer), weights come from --seed")
     dtype: str = _flag(
         "float32", "parameters in forward and backward; the optimizer keeps float32", ("float32", "bfloat16")
     )

@@ -50,6 +50,21 @@ def read_config(folder: Path) -> ModelConfig:
     return model_config(_read_json(folder / "config.json"))
 
 
+def check_weights(folder: Path, *, from_scratch: bool) -> None:
+    """Raise a ValueError when `folder` has no weights to begin with, or has some and the run begins `from_scratch`."""
+    found = [name for name in (INDEX, WEIGHTS) if (folder / name).exists()]
+    if from_scratch and found:
+        raise ValueError(
+            f"--init begins with random weights, but {folder} holds some ({found[0]}); leave --init out to train them, "
+            "or name a folder with config.json and tokenizer alone"
+        )
+    if not from_scratch and not found:
+        raise ValueError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}: convert its weights to safetensors first, or train from "
+            "scratch with --init"
+        )
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy the weights of `folder` into `model`, plain or sharded (DTensor), casting to the dtype that is there.
 
@@ -100,12 +115,8 @@ def _is_stacked(names: Iterable[str]) -> bool:
 
 def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """For every tensor name in the folder the open file that holds it."""
-    if (folder / INDEX).exists():
-        where = _read_json(folder / INDEX)["weight_map"]
-    elif (folder / WEIGHTS).exists():
-        where = None
-    else:
-        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: convert its weights to safetensors first.")
+    check_weights(folder, from_scratch=False)
+    where = _read_json(folder / INDEX)["weight_map"] if (folder / INDEX).exists() else None
     files = {}
     for name in [WEIGHTS] if where is None else sorted(set(where.values())):
         try:

@@ -33,6 +33,7 @@ from train.mesh import Mesh, build_mesh, pick_device, set_threads, start_process
 from train.metrics import Metrics, memory_bytes
 from train.mix import open_training
 from train.model.decoder import Decoder
+from train.model.initialize import init_weights
 from train.optim import build_optimizer, learning_rate
 from train.outdir import claim
 from train.parallel.apply import parallelize
@@ -50,7 +51,9 @@ def train(config: Config) -> None:
     out = Path(config.run.out)
 
     # Data first: what is wrong with it shows before a weight is read.
-    model_config = hf.read_config(Path(config.model.model))
+    model_folder = Path(config.model.model)
+    model_config = hf.read_config(model_folder)
+    hf.check_weights(model_folder, from_scratch=config.model.init)
     training = open_training(
         config.data.shards,
         model_config.vocab_size,
@@ -91,7 +94,10 @@ def train(config: Config) -> None:
         model = Decoder(model_config, attention.name)
     model = parallelize(model, mesh, config)
     model.to_empty(device="cpu" if config.layout.cpu_offload else device)
-    hf.load_weights(model, Path(config.model.model))
+    if checkpoint is None and config.model.init:
+        init_weights(model, config.run.seed)
+    elif checkpoint is None:
+        hf.load_weights(model, model_folder)
     optimizer = build_optimizer(model, config.optim)
     checkpointer = Checkpointer(out, model, optimizer, config.run.keep, background=config.run.async_save)
     if checkpoint is not None:
@@ -182,7 +188,7 @@ def train(config: Config) -> None:
     profiler.close()
     checkpointer.wait()
     if position.step == steps and config.run.export:
-        hf.save_weights(model, Path(config.model.model), out / "hf")
+        hf.save_weights(model, model_folder, out / "hf")
         metrics.say(f"exported {out / 'hf'}")
     metrics.close()
 

@@ -216,6 +216,21 @@ def test_metrics_evaluation_and_export(flags, data, tiny_llama_dir, tmp_path):
     assert AutoTokenizer.from_pretrained(out / "hf").chat_template
 
 
+def test_from_scratch_every_layout_begins_with_the_same_weights(flags, data, tiny_llama_dir, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_llama_dir, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    scratch = {"model": bare, "steps": 2}
+    run_ranks(run, 1, [*flags(**scratch, out=one), "--init"])
+    run_ranks(run, 2, [*flags(**scratch, out=two, cp=2), "--init"])
+    assert [line["loss"] for line in steps_of(two)] == pytest.approx([line["loss"] for line in steps_of(one)], rel=1e-6)
+    assert steps_of(one)[0]["loss"] == pytest.approx(math.log(320), rel=0.01), "as good as no knowledge at all"
+    AutoModelForCausalLM.from_pretrained(two / "hf")
+    assert AutoTokenizer.from_pretrained(two / "hf").chat_template
+
+
 def evaluate_with_transformers(model, folder):
     """Mean loss over the targets, one document at a time."""
     from formats.dataset import PackedDataset
@@ -338,6 +353,11 @@ def spoil(case, folder, flags):
         return flags()
     if case == "no model":
         return flags(model=folder)
+    if case == "init":
+        return [*flags(), "--init"]
+    if case == "no weights":
+        (folder / "config.json").write_text((flags.args[1] / "config.json").read_text())
+        return flags(model=folder)
     if case == "checkpoint missing":
         return flags(resume=folder / "nowhere")
     if case == "no checkpoint there":
@@ -369,6 +389,8 @@ def spoil(case, folder, flags):
     ("case", "says"),
     [
         ("missing", "no such folder of packed shards"),
+        ("init", "--init begins with random weights, but"),
+        ("no weights", "convert its weights to safetensors first, or train from scratch with --init"),
         ("unfinished", "unfinished"),
         ("other version", "format version 99"),
         ("damaged", "is damaged: its hash is not the one in packs.arrow"),
@@ -445,9 +467,10 @@ def test_a_run_is_traced_logged_and_measured_against_the_peak(flags, tmp_path):
     assert list((out / "tensorboard").iterdir())
 
 
-def torchrun(argv, ranks=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "train/main.py", *argv]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+def torchrun(argv, ranks=2, script="train/main.py", options=()):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options, script, *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def test_torchrun_trains_and_exports(flags, straight, tmp_path):
@@ -455,6 +478,31 @@ def test_torchrun_trains_and_exports(flags, straight, tmp_path):
     assert done.returncode == 0, done.stderr
     assert steps_of(tmp_path / "out") == steps_of(straight)
     assert f"exported {tmp_path / 'out' / 'hf'}" in done.stderr
+
+
+KILLED_ONCE = """
+import os, signal, sys
+import train.main
+real, calls = train.main.train_step, []
+
+def train_step(*args):
+    calls.append(args)
+    if len(calls) == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+
+train.main.train_step = train_step
+sys.exit(train.main.main(sys.argv[1:]))
+"""
+
+
+def test_under_torchrun_a_killed_worker_resumes_by_itself(flags, straight, tmp_path):
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE)
+    done = torchrun(flags(), script=str(script), options=["--max-restarts", "1"])
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step 3 from {tmp_path / 'out'}" in done.stderr
+    assert steps_of(tmp_path / "out") == steps_of(straight)
 
 
 def test_under_torchrun_a_damaged_shard_ends_all_ranks_with_one_sentence(flags, tmp_path):

@@ -47,10 +47,12 @@ class Keys:
         self.family = family
         self._left = {key: value for key, value in config.items() if key not in IRRELEVANT}
         self._config = config
+        self._known: set[str] = set()
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
         """The value of `key`; `default` if it is absent. Raises ValueError if it must be there and is not."""
         self._left.pop(key, None)
+        self._known.add(key)
         if key not in self._config and default is _REQUIRED:
             raise ValueError(f"config.json has no {key!r}, which a {self.family} model needs.")
         return self._config.get(key, default)
@@ -76,7 +78,8 @@ class Keys:
             if value is not None and value is not False:
                 raise ValueError(
                     f"config.json holds {key} = {value!r}, which is not supported for {self.family} models: remove "
-                    "the key if it changes nothing, or use a supported architecture as published."
+                    "the key if it changes nothing, or use a supported architecture as published. Keys that are read: "
+                    f"{', '.join(sorted(self._known))}."
                 )
 
 
