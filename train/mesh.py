@@ -123,6 +123,8 @@ def start_process_group(device: torch.device) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
         store, rank, world_size = next(rendezvous("env://"))
+        # torchrun's store outlives the ranks it restarts (`--max-restarts`): the addresses of those that died are in it.
+        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size)
