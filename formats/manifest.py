@@ -1,6 +1,7 @@
 """`manifest.json`: what a packed folder is, and the proof that it is whole. It is written last."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
@@ -78,8 +79,21 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(Path(folder) / MANIFEST_NAME, {**value, "hash": _own_hash(value)})
 
 
+def refuse_address(folder: str | Path) -> None:
+    """ValueError for an address (`s3://…`): shards are mapped, so they lie in a local folder. Names the copy command."""
+    found = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(folder))  # a Path has lost one of the slashes
+    if not found:
+        return
+    address = f"{found[1]}://{found[2]}"
+    command = {"s3": "aws s3 sync", "gs": "gcloud storage rsync --recursive"}.get(found[1], "rclone copy")
+    raise ValueError(
+        f"{address}: shards are read from a local folder; copy them first with: {command} {address} FOLDER"
+    )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and validate `manifest.json`. ValueError names what is wrong and what to do."""
+    refuse_address(folder)
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():

@@ -6,13 +6,13 @@ from pathlib import Path
 import click
 
 from prep.encode.command import encode, options_of, sources_of
-from prep.options import FOLDER, Size, as_json, echo_json
+from prep.options import Size, as_json, echo_json
 
 
 @click.command()
 @click.argument("inputs", nargs=-1)
-@click.option("--out", required=True, type=FOLDER, help="Folder for the shards; must be empty.")
-@click.option("--tokenizer", help="Folder with tokenizer.json and the chat template; for raw input.")
+@click.option("--out", required=True, help="Folder for the shards, or an address (s3://…); must be empty.")
+@click.option("--tokenizer", help="Folder or address with tokenizer.json and the chat template; for raw input.")
 @click.option("--seq-len", required=True, type=int, help="Capacity of a pack in tokens.")
 @click.option(
     "--algo",
@@ -67,47 +67,60 @@ def pack(
     """Pack INPUTS (anything that `prep encode` reads, or one document store) into OUT.
 
     Raw input is tokenized into a document store beside OUT (OUT.store), from which other packs can be made without
-    tokenizing again. The options from --mix on are those of `prep encode`.
+    tokenizing again. The options from --mix on are those of `prep encode`. With an address as OUT the shards are made
+    in a temporary folder (TMPDIR) and put there, the manifest last; the trainer reads them from a local copy.
 
     \b
     prep pack chats.jsonl --out packed --tokenizer model/ --algo ffd --cp 2 --seq-len 4096 --eval-fraction 0.02
     prep pack packed.store --out packed-8k --algo bfd --seq-len 8192 --gate 'fill>=0.98' --gate 'dropped<=1%'
+    prep pack s3://bucket/store --out s3://bucket/packed --seq-len 4096
     """
     from prep.gates import parse_gate
     from prep.pipeline import Encoding, OutputOptions, pack_inputs
     from prep.plan import PackOptions
     from prep.progress import Progress
+    from prep.remote import destination
 
     wanted = [parse_gate(text) for text in gates]
     planned = ("seq_len", "algo", "cp", "order", "seed", "overlong", "max_docs", "drop_last")
     encoding = None
     if given["tokenizer"]:
         sources = sources_of(inputs, given["mix"], given["columns"], given)
-        encoding = Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"])
-    folders = pack_inputs(
-        tuple(map(Path, inputs)),
-        out,
-        PackOptions(format=given["kind"], **{name: given[name] for name in planned}),
-        encoding=encoding,
-        output=OutputOptions(eval_fraction, eval_sources, shard_size, compress, not no_page),
-        workers=workers or len(os.sched_getaffinity(0)),
-        resume=resume,
-        progress=Progress(quiet=quiet),
-    )
+        store = f"{out.rstrip('/')}.store" if "://" in out else None
+        encoding = Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"], store)
+    progress = Progress(quiet=quiet)
+    with destination(out, resume, progress) as folder:
+        folders = pack_inputs(
+            inputs,
+            folder,
+            PackOptions(format=given["kind"], **{name: given[name] for name in planned}),
+            encoding=encoding,
+            output=OutputOptions(eval_fraction, eval_sources, shard_size, compress, not no_page),
+            workers=workers or len(os.sched_getaffinity(0)),
+            resume=resume,
+            progress=progress,
+        )
+        reports = read_reports(folders)
     if compress and not quiet:
         click.echo("note: compressed shards are for shipping: readers decompress, they cannot map them", err=True)
-    reports = show(folders, as_json=given["as_json"], quiet=quiet)
+    names = [out if part == folder else f"{out.rstrip('/')}/{part.name}" for part in folders]
+    show(names, reports, as_json=given["as_json"], quiet=quiet)
     _hold(wanted, reports[0])
 
 
-def show(folders: list[Path], *, as_json: bool, quiet: bool) -> list[dict]:
-    """Print the reports of finished folders; returns them."""
+def read_reports(folders: list[Path]) -> list[dict]:
+    """The reports of finished folders."""
     import json
-    import sys
 
     from prep.inspect.report import REPORT_NAME
 
-    reports = [json.loads((folder / REPORT_NAME).read_bytes()) for folder in folders]
+    return [json.loads((folder / REPORT_NAME).read_bytes()) for folder in folders]
+
+
+def show(names: list[str], reports: list[dict], *, as_json: bool, quiet: bool) -> None:
+    """Print the reports of the folders of these names."""
+    import sys
+
     if as_json:
         echo_json(reports[0] if len(reports) == 1 else {r["split"]: r for r in reports})
     elif not quiet:
@@ -115,9 +128,8 @@ def show(folders: list[Path], *, as_json: bool, quiet: bool) -> list[dict]:
 
         from prep.inspect.terminal import print_report
 
-        for folder, report in zip(folders, reports, strict=True):
-            print_report(Console(file=sys.stdout), str(folder), report)
-    return reports
+        for name, report in zip(names, reports, strict=True):
+            print_report(Console(file=sys.stdout), name, report)
 
 
 def _hold(gates, report: dict) -> None:

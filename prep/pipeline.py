@@ -13,8 +13,10 @@ from formats.layout import align_up
 from formats.manifest import MANIFEST_NAME, Manifest, Source, fingerprint, read_manifest, write_manifest
 from formats.schema import BATCH_PACKS
 from formats.shard import TEMPORARY_SUFFIX, FileEntry, file_digest, write_json
+from prep.encode.files import is_remote
 from prep.encode.options import EncodeOptions
-from prep.encode.run import encode
+from prep.encode.run import write_store
+from prep.encode.storage import fetch_store, read_remote_store
 from prep.encode.store import DocumentStore, read_store
 from prep.inspect.report import PAGE_NAME, REPORT_NAME, write_reports
 from prep.ledger import LEDGER_NAME
@@ -29,12 +31,14 @@ SHARD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Encoding:
-    """How raw input becomes a store; see `prep.encode.run.encode`."""
+    """How raw input becomes a store; see `prep.encode.run.write_store`. `store`: its address, else it lies beside the
+    packed folder."""
 
     sources: list
     options: EncodeOptions
     runner: str = "local"
     ray_address: str | None = None
+    store: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class OutputOptions:
 
 
 def pack_inputs(
-    inputs: tuple[Path, ...],
+    inputs: tuple[str, ...],
     out: Path,
     options: PackOptions,
     *,
@@ -62,7 +66,8 @@ def pack_inputs(
 ) -> list[Path]:
     """Pack raw files, or one document store, into `out`; returns the packed folders (`out`, or its train and eval).
 
-    Raw files are encoded into a store at `out` + ".store" first. Nothing is written before all options are checked.
+    Raw files are encoded into a store at `out` + ".store" first, a store behind an address is copied there. Nothing is
+    written before all options are checked.
     An interrupted run leaves no manifest and is finished by the same call with `resume`. ValueError says what to
     change in one sentence.
     """
@@ -115,23 +120,24 @@ def check_output(out: Path, resume: bool) -> None:
 
 def open_store(inputs, out, encoding, *, workers, resume, progress) -> DocumentStore:
     """The store to pack: the one named, or one made from raw input."""
-    stores = [p for p in inputs if p.is_dir() and read_store(p) is not None]
+    stores = [place for place in inputs if _is_store(place)]
     if stores:
         if len(inputs) > 1:
             raise ValueError(f"{stores[0]} is a document store: pack it alone, or name the raw files of all")
-        return DocumentStore.open(stores[0])
+        return _here(stores[0], out, progress)
     if encoding is None:
         raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
+    place = encoding.store or str(store_path(out))
     with progress.stage("encoding", "MB") as update:
 
         def report(p) -> None:
             note = f"{p.documents:,} documents, {p.tokens:,} tokens" + (f", {p.dropped:,} dropped" if p.dropped else "")
             update(p.bytes_done // 10**6, p.bytes // 10**6, note)
 
-        # Bad input leaves no store behind, but for the rejected records where there are too many: `encode` sees to it.
-        return encode(
+        # Bad input leaves no store behind, but for the rejected records where there are too many: they are kept.
+        write_store(
             encoding.sources,
-            store_path(out),
+            place,
             encoding.options,
             workers=workers,
             resume=resume,
@@ -139,6 +145,22 @@ def open_store(inputs, out, encoding, *, workers, resume, progress) -> DocumentS
             runner=encoding.runner,
             ray_address=encoding.ray_address,
         )
+    return _here(place, out, progress)
+
+
+def _is_store(place: str) -> bool:
+    if is_remote(place):
+        return read_remote_store(place) is not None
+    return Path(place).is_dir() and read_store(Path(place)) is not None
+
+
+def _here(place: str, out: Path, progress: Progress) -> DocumentStore:
+    """A store, opened; one behind an address is copied to where one made from raw input would lie."""
+    if is_remote(place):
+        progress.say(f"copying {place} to {store_path(out)}")
+        fetch_store(place, store_path(out))
+        place = store_path(out)
+    return DocumentStore.open(place)
 
 
 def store_path(out: Path) -> Path:

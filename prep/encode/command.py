@@ -1,17 +1,17 @@
 """`prep encode`: parse, call, print."""
 
 import os
-from pathlib import Path
 
 import click
 
-from prep.encode.options import DEDUP, END_OF_TURN, ENGINES, ON_ERROR, TRAIN_ON, UNIT_BYTES, EncodeOptions, MaskPolicy
+from prep.encode.options import DEDUP, END_OF_TURN, ENGINES, ON_ERROR, TRAIN_ON, EncodeOptions, MaskPolicy
+from prep.options import Size, as_json, echo_json
 
 
 @click.command()
 @click.argument("inputs", nargs=-1)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the document store.")
-@click.option("--tokenizer", required=True, help="Folder with tokenizer.json and the chat template.")
+@click.option("--out", required=True, help="Folder of the document store, or an address such as s3://bucket/store.")
+@click.option("--tokenizer", required=True, help="Folder or address with tokenizer.json and the chat template.")
 @click.option("--mix", type=click.Path(), help="YAML of sources with paths, format, template, weight, repeat, limit.")
 @click.option("--input-format", help="jsonl, json, parquet, arrow, csv, tsv, text; default: by the ending of the name.")
 @click.option(
@@ -31,14 +31,19 @@ from prep.encode.options import DEDUP, END_OF_TURN, ENGINES, ON_ERROR, TRAIN_ON,
 @click.option("--on-error", default="stop", show_default=True, type=click.Choice(ON_ERROR), help="At a bad record.")
 @click.option("--max-errors", help="Bad records that may be skipped: a count, or a percentage like 0.5%.")
 @click.option("--dedup", default="none", show_default=True, type=click.Choice(DEDUP))
-@click.option("--unit-bytes", default=UNIT_BYTES, show_default=True, help="Bytes of input a work unit.")
+@click.option(
+    "--unit-bytes", default="4M", show_default=True, type=Size(), help="Input of a work unit, e.g. 4M; 64M for s3://…"
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the cores of this machine.")
 @click.option("--unit-range", metavar="I/N", help="Do only part I (from 1) of N: one task of a Slurm array.")
 @click.option("--engine", "runner", default="local", show_default=True, type=click.Choice(["local", "ray"]))
 @click.option("--ray-address", help="Address of a Ray cluster; default: start one on this machine.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run with the same options stopped.")
 @click.option("--quiet", is_flag=True, help="No progress; errors only.")
-def encode(inputs, out, mix, columns, roles, workers, unit_range, runner, ray_address, resume, quiet, **given) -> None:
+@as_json
+def encode(
+    inputs, out, mix, columns, roles, workers, unit_range, runner, ray_address, resume, quiet, as_json, **given
+) -> None:
     """Encode INPUTS into a document store OUT that `prep pack` takes: token ids and loss masks, tokenized once.
 
     An input is a file, a folder, a glob, an address (s3://…, https://…), a folder that `datasets` saved, or
@@ -48,9 +53,10 @@ def encode(inputs, out, mix, columns, roles, workers, unit_range, runner, ray_ad
     \b
     prep encode chats.jsonl books/ --out store --tokenizer model/
     prep encode --mix mix.yaml --out store --tokenizer model/ --workers 16
+    prep encode s3://bucket/chats/ --out s3://bucket/store --tokenizer model/ --unit-bytes 64M
     """
     # Help is instant: what encodes is imported when it is needed.
-    from prep.encode.run import encode as run
+    from prep.encode.run import write_store
     from prep.progress import Progress
 
     sources = sources_of(inputs, mix, columns, given)
@@ -64,7 +70,7 @@ def encode(inputs, out, mix, columns, roles, workers, unit_range, runner, ray_ad
             update(p.units_done, p.units, note + (f", {p.dropped:,} dropped" if p.dropped else ""))
 
         try:
-            store = run(
+            content = write_store(
                 sources,
                 out,
                 options,
@@ -77,12 +83,12 @@ def encode(inputs, out, mix, columns, roles, workers, unit_range, runner, ray_ad
             )
         except KeyboardInterrupt:
             raise click.ClickException(f"stopped; what is finished is kept in {out}: go on with --resume") from None
-    if quiet:
-        return
-    if store is None:
+    if as_json:
+        echo_json(_summary(out, content, unit_range))
+    elif not quiet and content is None:
         click.echo(f"{out}: part {unit_range} is done; run once more without --unit-range, with --resume, when all are")
-        return
-    _print_summary(out, store)
+    elif not quiet:
+        _print_summary(out, content)
 
 
 def sources_of(inputs: tuple, mix: str | None, columns: tuple[str, ...], given: dict) -> list:
@@ -120,21 +126,24 @@ def _part(text: str | None) -> tuple[int, int] | None:
     return int(part), int(parts)
 
 
-def _print_summary(out: Path, store) -> None:
-    total = store.ledger.total()
-    targets = int(store.target_tokens.sum())
-    share = 100 * targets / max(1, total["kept"]["tokens"])
+def _summary(out: str, content: dict | None, unit_range: str | None) -> dict:
+    """What `--json` prints: `finished` is false for a part, which has nothing else to tell."""
+    if content is None:
+        return {"store": out, "finished": False, "unit_range": unit_range}
+    names = ("rows", "tokens", "target_tokens", "engine", "sources", "ledger", "template_hash", "tokenizer_hash")
+    return {"store": out, "finished": True, "units": len(content["units"]), **{name: content[name] for name in names}}
+
+
+def _print_summary(out: str, content: dict) -> None:
+    total = content["ledger"]["total"]
+    share = 100 * content["target_tokens"] / max(1, content["tokens"])
+    notes = dict(total["notes"])
+    compared = notes.pop("compared_with_hf", 0)
     click.echo(
-        f"{out}: {len(store):,} documents, {total['kept']['tokens']:,} tokens, {share:.1f} % of them targets; "
-        f"tokenizer engine {store.info.engine}"
-        + (
-            f", {total['notes']['compared_with_hf']:,} pieces compared with hf"
-            if "compared_with_hf" in total["notes"]
-            else ""
-        )
+        f"{out}: {content['rows']:,} documents, {content['tokens']:,} tokens, {share:.1f} % of them targets; "
+        f"tokenizer engine {content['engine']}" + (f", {compared:,} pieces compared with hf" if compared else "")
     )
     for reason, count in sorted(total["dropped"].items()):
         click.echo(f"  dropped, {reason}: {count['documents']:,} documents, {count['tokens']:,} tokens")
-    for name, count in sorted(total["notes"].items()):
-        if name != "compared_with_hf":
-            click.echo(f"  {name.replace('_', ' ')}: {count:,}")
+    for name, count in sorted(notes.items()):
+        click.echo(f"  {name.replace('_', ' ')}: {count:,}")

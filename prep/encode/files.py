@@ -21,12 +21,12 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def filesystem(path: str):
+def filesystem(path: str, **options):
     """(fsspec file system, path in it) of a remote address."""
     try:
         import fsspec  # only remote inputs need it
 
-        return fsspec.core.url_to_fs(path)
+        return fsspec.core.url_to_fs(path, **options)
     except ImportError as error:
         raise ValueError(f"{path}: needs a package that is not installed ({error}); pip install it") from None
     except ValueError as error:

@@ -20,8 +20,8 @@ def select(
     ledger: Ledger,
     *,
     dedup: bool,
-) -> list[np.ndarray] | None:
-    """Rows of the store that each source contributes, in order, repeats included: int64 per source. None: all, once.
+) -> list[np.ndarray]:
+    """Rows of the store that each source contributes, in order, repeats included: int64 per source.
 
     Args:
         store: all documents.
@@ -33,9 +33,7 @@ def select(
     Raises:
         ValueError: shares that contradict each other or cannot be met.
     """
-    shares = [s for s in specs if (s.weight, s.repeat, s.limit_tokens, s.max_epochs) != (None, None, None, None)]
-    if not dedup and not shares:
-        return None
+    shares = any(spec.has_share for spec in specs)
     lengths, hashes = store.lengths, store.doc_hashes
     rows = [np.arange(first, last, dtype=np.int64) for first, last in ranges]
     if dedup:

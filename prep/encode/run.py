@@ -1,31 +1,27 @@
 """Records → document store: plan the units, run them, write store.json last."""
 
-import fcntl
 import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from formats.shard import atomic_write, read_json, write_json
 from prep.encode.builtin import load_template
-from prep.encode.files import is_remote
 from prep.encode.mix import check_shares, select
 from prep.encode.options import EncodeOptions
 from prep.encode.sources import InputFile, SourceSpec, Unit, as_sources, cut_units, find_inputs
+from prep.encode.storage import PLAN_NAME, FolderStorage, RemoteStorage, storage_at
 from prep.encode.store import (
+    STORE_NAME,
     STORE_VERSION,
     DocumentStore,
     UnitResult,
-    read_store,
+    check_version,
     source_ranges,
     store_content,
     unit_path,
@@ -35,7 +31,7 @@ from prep.encode.tokenizer import TokenizerFolder, forget_tokenizers, read_token
 from prep.encode.tokens import can_be_fast
 from prep.encode.unit import Job, encode_unit
 from prep.engine.local import run_units
-from prep.ledger import Ledger
+from prep.ledger import LEDGER_NAME, Ledger
 
 _PACKAGES = ("jinja2", "numpy", "orjson", "pyarrow", "tokenizers", "xxhash")
 
@@ -53,9 +49,15 @@ class Progress:
     dropped: int
 
 
-def encode(
+def encode(inputs: Sequence[str | Path | SourceSpec], store_dir: str | Path, options: EncodeOptions, **how):
+    """`write_store` into a folder of this machine, opened: a `DocumentStore`, or None for a part (`unit_range`)."""
+    content = write_store(inputs, store_dir, options, **how)
+    return None if content is None else DocumentStore.open(store_dir)
+
+
+def write_store(
     inputs: Sequence[str | Path | SourceSpec],
-    store_dir: str | Path,
+    place: str | Path,
     options: EncodeOptions,
     *,
     workers: int = 1,
@@ -64,60 +66,58 @@ def encode(
     runner: str = "local",
     ray_address: str | None = None,
     unit_range: tuple[int, int] | None = None,
-) -> DocumentStore | None:
-    """Encode records into a document store and open it.
+) -> dict | None:
+    """Encode records into a document store; returns what its store.json says.
 
-    The bytes of the store depend on the inputs, the options and the package versions, not on the workers or on crashes.
-    A finished store of equal inputs, options and versions is opened as it is.
+    The bytes of the store depend on the inputs, the options and the package versions, not on the workers, on crashes or
+    on where it lies. A finished store of equal inputs, options and versions is left as it is.
 
     Args:
         inputs: files, folders, globs, addresses, `hf:name[:config]#split`, or sources with options of their own.
-        store_dir: folder of the store; made if missing.
+        place: folder or address (`s3://…`) of the store; a folder is made if missing.
         workers: processes.
-        resume: go on where an unfinished store stopped. Without it such a folder is refused.
+        resume: go on where an unfinished store stopped. Without it such a store is refused.
         progress: called after every unit.
         runner: `local` runs units on processes of this machine, `ray` on a Ray cluster (`ray_address`, else a new one).
         unit_range: (i, n) does only units i−1, i−1+n, … (a task of a Slurm array), finishes nothing and returns None;
             several may run at once. A last call without it and with `resume` finishes the store.
 
     Raises:
-        ValueError: bad input or options, or a store of something else in the folder; one sentence that names it.
+        ValueError: bad input or options, or a store of something else in the place; one sentence that names it.
+        OSError: the place cannot be written (a full disk, a refused put); what is finished is kept.
     """
-    if is_remote(str(store_dir)):
-        raise ValueError(
-            f"{store_dir}: a store is written to a local folder; give one and copy it, e.g. with aws s3 sync or rclone"
-        )
-    store = Path(store_dir)
+    storage = storage_at(place)
     folder = read_tokenizer(options.tokenizer)
     engine = _engine(folder, options)
     sources = as_sources(inputs)
     check_shares(sources)
     files = find_inputs(sources)
     plan = _plan(folder, sources, files, options, engine)
-    if (finished := read_store(store)) is not None:
-        _refuse_difference(store, finished, plan)
-        return DocumentStore.open(store)
+    if (finished := storage.read_json(STORE_NAME)) is not None:
+        _refuse_difference(storage.name, check_version(storage.name, finished), plan)
+        return finished
     units = cut_units(files, sources, options.unit_bytes)
-    fresh = not (store / "plan.json").exists() and unit_range is None
-    _claim(store, plan, resume or unit_range is not None)
+    fresh = _claim(storage, plan, resume or unit_range is not None) and unit_range is None
     if runner != "local" or min(workers, len(units)) > 1:
         del folder  # each worker loads its own
         forget_tokenizers()
     run = _runner(runner, ray_address, workers)
-    job = Job(str(store), options, tuple(sources), engine)
-    with _alone(store, shared=unit_range is not None):
+    job = Job(str(place), options, tuple(sources), engine)
+    with storage.alone(shared=unit_range is not None):
+        begun = frozenset() if fresh else storage.begun_units()
+        units = [replace(unit, begun=True) if unit.index in begun else unit for unit in units]
         if unit_range is not None:
             units = units[unit_range[0] - 1 :: unit_range[1]]
         try:
             results = run(functools.partial(encode_unit, job), units, _reporter(units, options, progress))
-            return _finish(job, results, plan) if unit_range is None else None
+            return _finish(storage, job, results, plan) if unit_range is None else None
         except TooManyErrorsError:
             raise
         except ValueError:
             # Bad input: whoever mends it has another input, so nothing of this store could ever be used. What a full
             # disk or a kill leaves can be finished, and stays.
             if fresh:
-                shutil.rmtree(store, ignore_errors=True)
+                storage.remove()
             raise
 
 
@@ -138,9 +138,9 @@ def _run_locally(workers: int, function: Callable, units: Sequence[Unit], on_don
     return run_units(function, units, workers, on_done)
 
 
-def _finish(job: Job, results: Sequence[UnitResult], plan: dict) -> DocumentStore:
+def _finish(storage: FolderStorage | RemoteStorage, job: Job, results: Sequence[UnitResult], plan: dict) -> dict:
     """All units are done: add up the ledger, choose the rows, write store.json."""
-    store, options, sources = Path(job.store), job.options, job.sources
+    options, sources = job.options, job.sources
     ledger = Ledger()
     for source in sources:
         ledger.open(source.name)
@@ -152,50 +152,41 @@ def _finish(job: Job, results: Sequence[UnitResult], plan: dict) -> DocumentStor
     counts = [sum(result.rows for result in results if result.source == name) for name in names]
     content = store_content(plan, results, ledger, source_ranges(names, counts))
     if any(counts):
-        content = _select(store, content, sources, ledger, options)
+        content = _select(storage, content, sources, ledger, options)
     if content["rows"] == 0:
         dropped = ledger.total()["dropped"]
         reasons = ", ".join(f"{count['documents']} {reason}" for reason, count in sorted(dropped.items()))
         raise ValueError(f"no document is left to store ({reasons or 'the inputs are empty'}); check the inputs")
-    _collect_rejects(store, results)
-    write_json(store / "store.json", content)
-    return DocumentStore.open(store)
+    _collect_rejects(storage, results)
+    _refuse_difference(storage.name, storage.read_json(PLAN_NAME) or {}, plan)
+    storage.write_json(LEDGER_NAME, content["ledger"])
+    storage.write_json(STORE_NAME, content)
+    return content
 
 
-@contextmanager
-def _alone(store: Path, shared: bool) -> Iterator[None]:
-    """Hold the folder's lock, which goes with the process, however that ends; `shared` with others of its kind."""
-    descriptor = os.open(store, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{store}: another process is writing this store; wait for it or give another folder"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _select(store: Path, content: dict, sources: Sequence[SourceSpec], ledger: Ledger, options: EncodeOptions) -> dict:
+def _select(storage, content: dict, sources: Sequence[SourceSpec], ledger: Ledger, options: EncodeOptions) -> dict:
     """Leave out duplicates and apply the shares of the sources."""
-    whole = DocumentStore(store, content)
-    bounds = [(first, last) for _, first, last in content["sources"]]
-    chosen = select(whole, bounds, sources, ledger, dedup=options.dedup == "exact")
-    if chosen is None:
+    dedup = options.dedup == "exact"
+    if not dedup and not any(source.has_share for source in sources):
         return content
+    with storage.local(content) as folder:
+        whole = DocumentStore(folder, content)
+        bounds = [(first, last) for _, first, last in content["sources"]]
+        chosen = select(whole, bounds, sources, ledger, dedup=dedup)
+        rows = np.concatenate(chosen)
+        targets = int(whole.target_tokens[rows].sum(dtype=np.int64))
     ledger.check()
-    rows = np.concatenate(chosen)
     kept = ledger.total()["kept"]
     ranges = source_ranges([source.name for source in sources], [len(part) for part in chosen])
+    with storage.writing("rows.arrow") as file:
+        write_selection(file, rows)
     return {
         **content,
         "rows": kept["documents"],
         "tokens": kept["tokens"],
-        "target_tokens": int(whole.target_tokens[rows].sum(dtype=np.int64)),
+        "target_tokens": targets,
         "sources": [list(source) for source in ranges],
-        "selection": write_selection(store, rows),
+        "selection": {"name": "rows.arrow", "bytes": file.bytes, "xxh3_128": file.hexdigest()},
         "ledger": ledger.to_json(),
     }
 
@@ -262,39 +253,40 @@ def _check_errors(results: Sequence[UnitResult], ledger: Ledger, options: Encode
         )
 
 
-def _collect_rejects(store: Path, results: Sequence[UnitResult]) -> None:
+def _collect_rejects(storage: FolderStorage | RemoteStorage, results: Sequence[UnitResult]) -> None:
     """Join the rejected records of all units into rejects.jsonl."""
     if not any(result.rejected for result in results):
         return
-    with atomic_write(store / "rejects.jsonl") as out:
+    with storage.writing("rejects.jsonl") as out:
         for result in results:
             if result.rejected:
-                out.write(unit_path(store, result.index, ".rejects.jsonl").read_bytes())
+                out.write(storage.read(str(unit_path(Path(), result.index, ".rejects.jsonl"))))
 
 
-def _claim(store: Path, plan: dict, resume: bool) -> None:
-    """Take the folder for this plan: an empty one, or an unfinished store of the same plan."""
-    file = store / "plan.json"
-    if file.is_file():
-        _refuse_difference(store, read_json(file), plan)
+def _claim(storage: FolderStorage | RemoteStorage, plan: dict, resume: bool) -> bool:
+    """Take the place for this plan: an empty one (then True), or an unfinished store of the same plan."""
+    theirs = storage.read_json(PLAN_NAME)
+    if theirs is not None:
+        _refuse_difference(storage.name, theirs, plan)
         if not resume:
-            raise ValueError(f"{store}: holds an unfinished store of the same input; go on with --resume or remove it")
-    else:
-        if store.exists() and any(not entry.name.endswith(".tmp") for entry in store.iterdir()):
-            raise ValueError(f"{store}: already holds something that is no document store; give an empty folder")
-        store.mkdir(parents=True, exist_ok=True)
-        try:
-            write_json(file, plan)
-        except FileNotFoundError:  # another task of the same array was faster
-            _refuse_difference(store, read_json(file), plan)
-    (store / "units").mkdir(exist_ok=True)  # after the plan: a kill in between leaves nothing that looks foreign
+            raise ValueError(
+                f"{storage.name}: holds an unfinished store of the same input; go on with --resume or remove it"
+            )
+        return False
+    if storage.is_occupied():
+        raise ValueError(f"{storage.name}: already holds something that is no document store; give an empty folder")
+    try:
+        storage.create(plan)
+    except FileNotFoundError:  # another task of the same array was faster
+        _refuse_difference(storage.name, storage.read_json(PLAN_NAME) or {}, plan)
+    return True
 
 
-def _refuse_difference(store: Path, theirs: dict, ours: dict) -> None:
+def _refuse_difference(name: str, theirs: dict, ours: dict) -> None:
     different = list(_differences("", theirs, ours))
     if different:
         raise ValueError(
-            f"{store}: was made with other {', '.join(different)}; use the same again or give another folder"
+            f"{name}: was made with other {', '.join(different)}; use the same again or give another folder"
         )
 
 

@@ -66,6 +66,11 @@ class SourceSpec:
         if self.text_by not in TEXT_BY:
             raise ValueError(f"source {self.name}: text_by is {self.text_by!r}; choose one of {', '.join(TEXT_BY)}")
 
+    @property
+    def has_share(self) -> bool:
+        """Whether anything but all of it, once, may be used."""
+        return (self.weight, self.repeat, self.limit_tokens, self.max_epochs) != (None, None, None, None)
+
 
 @dataclass(frozen=True)
 class InputFile:
@@ -85,7 +90,10 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """Part `start:stop` of a file; in bytes (`jsonl`, `text` by line), row groups or record batches; all of it else."""
+    """Part `start:stop` of a file; in bytes (`jsonl`, `text` by line), row groups or record batches; all of it else.
+
+    `begun`: the store may hold it already.
+    """
 
     index: int
     source: int
@@ -95,6 +103,7 @@ class Unit:
     stop: int
     bytes: int
     first_row: int = 0
+    begun: bool = False
 
 
 @dataclass(frozen=True)

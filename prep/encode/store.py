@@ -5,13 +5,13 @@
     STORE/units/00000.json    written after it: rows, checksum, ledger. A unit without one is not done
     STORE/rows.arrow          only where documents are left out or repeated: the stored row of each document, int64
     STORE/rejects.jsonl       only where bad records were skipped
+    STORE/ledger.json         what happened to every document and token
     STORE/store.json          written last: a store without one is not finished
 
-Every file is written under a temporary name and renamed.
+How each file is written, in a folder or behind an address, stands in `storage`.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from formats.shard import atomic_write, file_digest, read_json, write_json
+from formats.shard import atomic_write, read_json, write_json
 from prep.ledger import Ledger
 
 STORE_VERSION = 1
+STORE_NAME = "store.json"
 
 SCHEMA = pa.schema(
     [("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8())), pa.field("doc_hash", pa.uint64())]
@@ -44,6 +45,10 @@ class UnitResult(NamedTuple):
     xxh3_128: str
     ledger: dict
     rejected: int
+
+    def is_of(self, size: int, digest: Callable[[], str]) -> bool:
+        """Whether data of this size and xxh3-128 is the unit's."""
+        return size == self.bytes and digest() == self.xxh3_128
 
 
 def unit_path(store: Path, index: int, suffix: str = ".arrow") -> Path:
@@ -117,17 +122,6 @@ class UnitWriter:
         return result
 
 
-def finished_unit(store: Path, index: int) -> UnitResult | None:
-    """The result of a unit that is done and whole, or None."""
-    record = unit_path(store, index, ".json")
-    data = unit_path(store, index)
-    if not record.is_file() or not data.is_file():
-        return None
-    result = UnitResult(**json.loads(record.read_text(encoding="utf-8")))
-    whole = data.stat().st_size == result.bytes and file_digest(data) == result.xxh3_128
-    return result if whole else None
-
-
 @dataclass(frozen=True)
 class StoreInfo:
     """What the store was made from, and of what kind its ids are."""
@@ -172,14 +166,11 @@ def store_content(
     }
 
 
-def write_selection(store: Path, rows: np.ndarray) -> dict:
-    """Write rows.arrow; returns its entry for store.json."""
+def write_selection(file, rows: np.ndarray) -> None:
+    """Write the stored rows of the documents, int64[N], into a file that is open."""
     table = pa.table({"row": pa.array(rows, pa.int64())})
-    with atomic_write(store / "rows.arrow") as file:
-        sink = pa.PythonFile(file, mode="w")
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-    return {"name": "rows.arrow", "bytes": file.bytes, "xxh3_128": file.hexdigest()}
+    with pa.ipc.new_file(pa.PythonFile(file, mode="w"), table.schema) as writer:
+        writer.write_table(table)
 
 
 class DocumentStore:
@@ -240,6 +231,8 @@ class DocumentStore:
         Raises:
             ValueError: no store, an unfinished one, one of another format version, or a damaged unit.
         """
+        if "://" in str(path):
+            raise ValueError(f"{path}: a store is read from a folder of this machine; copy it, e.g. with aws s3 sync")
         path = Path(path)
         content = read_store(path)
         if content is None:
@@ -265,13 +258,15 @@ class DocumentStore:
 
 def read_store(path: Path) -> dict | None:
     """store.json of a finished store, or None."""
-    file = path / "store.json"
-    if not file.is_file():
-        return None
-    content = read_json(file)
+    file = path / STORE_NAME
+    return check_version(path, read_json(file)) if file.is_file() else None
+
+
+def check_version(place: object, content: dict) -> dict:
+    """`content` of a store.json; ValueError when it is of another version of the format."""
     if content.get("store_version") != STORE_VERSION:
         raise ValueError(
-            f"{path}: store version {content.get('store_version')}, this program reads {STORE_VERSION}; encode again"
+            f"{place}: store version {content.get('store_version')}, this program reads {STORE_VERSION}; encode again"
         )
     return content
 

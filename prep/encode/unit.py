@@ -16,7 +16,8 @@ from prep.encode.options import EncodeOptions
 from prep.encode.readers import locate, read_unit
 from prep.encode.records import RecordReader, Tokens
 from prep.encode.sources import SourceSpec, Unit
-from prep.encode.store import UnitResult, UnitWriter, finished_unit
+from prep.encode.storage import storage_at
+from prep.encode.store import UnitResult, UnitWriter
 from prep.encode.templates import ChatTemplate
 from prep.encode.tokenizer import TokenizerFolder, read_tokenizer, release_memory
 from prep.encode.tokens import EngineDiffersError, TokenEncoder, replace_rows, segment_sums, utf8_sizes
@@ -31,7 +32,7 @@ _REJECT_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Job:
-    """What all units of a run share. `engine` is decided once: `hf` or `fast`."""
+    """What all units of a run share. `store` is a path or an address; `engine` is decided once: `hf` or `fast`."""
 
     store: str
     options: EncodeOptions
@@ -60,16 +61,21 @@ def encode_unit(job: Job, unit: Unit) -> UnitResult:
     Raises:
         ValueError: a record that is none, if the options stop there; the message names file and line or row.
     """
-    store = Path(job.store)
-    done = finished_unit(store, unit.index)
+    storage = storage_at(job.store)
+    done = storage.finished_unit(unit.index) if unit.begun else None
     if done is not None:
         return done
+    with storage.unit_folder() as folder:
+        return _encode_into(folder, job, unit)
+
+
+def _encode_into(folder: Path, job: Job, unit: Unit) -> UnitResult:
     encoder = _encoder(job)
     differences = []
     while True:
         try:
             run = _UnitRun(job, unit, encoder)
-            ledger = run.run(store)
+            ledger = run.run(folder)
             break
         except EngineDiffersError:
             differences.append("engine_differed_units")

@@ -19,12 +19,12 @@ def report(folder, as_json, no_page, quiet) -> None:
     """
     from prep.inspect.facts import packed_folders
     from prep.inspect.report import refresh_reports
-    from prep.pack_command import show
+    from prep.pack_command import read_reports, show
 
     folders = packed_folders(folder)
     for part in folders:
         refresh_reports(part, page=not no_page)
-    show(folders, as_json=as_json, quiet=quiet)
+    show([str(f) for f in folders], read_reports(folders), as_json=as_json, quiet=quiet)
 
 
 @click.command()
