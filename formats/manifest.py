@@ -80,7 +80,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def refuse_address(folder: str | Path) -> None:
-    """ValueError for an address (`s3://…`): shards are mapped, so they lie in a local folder. Names the copy command."""
+    """ValueError for an address (`s3://…`), naming the copy command: shards are mapped, so they lie in a folder."""
     found = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(folder))  # a Path has lost one of the slashes
     if not found:
         return

@@ -1,5 +1,7 @@
 """The loader: what a row holds against a document-by-document construction, and who trains which pack."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +185,19 @@ def test_a_model_with_too_few_embeddings_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the model has 59 token embeddings, but .* a vocabulary of 60"):
         open_shards(folder, 59)
     assert len(open_shards(folder, 60)) == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "command"),
+    [
+        ("s3://bucket/packed/train", "aws s3 sync s3://bucket/packed/train FOLDER"),
+        ("gs://bucket/packed", "gcloud storage rsync --recursive gs://bucket/packed FOLDER"),
+        ("https://host/packed", "rclone copy https://host/packed FOLDER"),
+    ],
+)
+def test_shards_behind_an_address_are_refused_with_the_command_that_copies_them(address, command):
+    with pytest.raises(ValueError, match="read from a local folder") as caught:
+        open_shards(address)
+    assert str(caught.value).endswith(f"copy them first with: {command}")
+    with pytest.raises(ValueError, match="copy them first"):
+        open_shards(Path(address))  # which has lost a slash

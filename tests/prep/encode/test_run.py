@@ -651,9 +651,3 @@ def test_shares_that_cannot_be_are_refused_before_any_work(tmp_path, byte_level)
         with pytest.raises(ValueError, match=reason):
             run(specs, tmp_path / "s", byte_level)
         assert not (tmp_path / "s").exists()
-
-
-def test_a_remote_store_is_refused(tmp_path, byte_level):
-    path = write_jsonl(tmp_path / "a.jsonl", texts(3))
-    with pytest.raises(ValueError, match="local folder; give one and copy it"):
-        run(path, "s3://bucket/store", byte_level)
