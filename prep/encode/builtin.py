@@ -3,8 +3,7 @@
 The built-in ones frame plain chats as the model families do; for tools and reasoning take the family's own template.
 """
 
-from pathlib import Path
-
+from prep.encode.files import open_binary
 from prep.encode.tokenizer import TokenizerFolder
 
 BUILTIN = {
@@ -98,7 +97,8 @@ BUILTIN = {
 
 
 def load_template(name: str | None, folder: TokenizerFolder) -> str | None:
-    """The Jinja text: of a built-in template, of a file, or without a name the tokenizer folder's own (None if absent).
+    """The Jinja text: of a built-in template, of a file or an address; without a name the tokenizer folder's own, or
+    None where it has none.
 
     Raises:
         ValueError: neither a built-in name nor a file.
@@ -108,7 +108,8 @@ def load_template(name: str | None, folder: TokenizerFolder) -> str | None:
     if name in BUILTIN:
         return BUILTIN[name]
     try:
-        return Path(name).read_text(encoding="utf-8")
+        with open_binary(name) as file:
+            return file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"chat template {name}: neither a readable file nor one of {', '.join(BUILTIN)} ({error})"

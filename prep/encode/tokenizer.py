@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy as np
 import tokenizers
 import xxhash
 
+from prep.encode.files import filesystem, is_remote
 from prep.encode.pieces import can_be_cut
 
 # Parallelism is by processes, one work unit each; threads inside them would only fight for the same cores.
@@ -212,10 +214,12 @@ def _byte_rule(content: dict):
 def read_tokenizer(path: str | Path) -> TokenizerFolder:
     """Open a folder: `tokenizer.json`, and if there `tokenizer_config.json`, `special_tokens_map.json`, `*.jinja`.
 
+    The folder behind an address (`s3://…`) is copied once a process, into a temporary folder that goes with it.
+
     Raises:
         ValueError: no such folder, no tokenizer.json in it, or a file that cannot be read; the message says which.
     """
-    path = Path(path)
+    path = _copied(str(path)) if is_remote(str(path)) else Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such tokenizer folder; give a folder that holds tokenizer.json")
     if not (path / "tokenizer.json").is_file():
@@ -228,6 +232,25 @@ def read_tokenizer(path: str | Path) -> TokenizerFolder:
         if (path / name).is_file() and (stat := (path / name).stat())
     )
     return _read_folder(path, stamps)
+
+
+def _copied(address: str) -> Path:
+    address = address.rstrip("/")
+    folder = Path(_temporary_folder(address).name) / address.rpartition("/")[2]
+    if not folder.exists():
+        fs, inner = filesystem(address)
+        present = [name for name in _FILES if fs.exists(f"{inner}/{name}")]
+        if "tokenizer.json" not in present:
+            raise ValueError(f"{address}: no tokenizer.json there; give the address of a tokenizer folder")
+        folder.mkdir()
+        for name in present:
+            fs.get_file(f"{inner}/{name}", str(folder / name))
+    return folder
+
+
+@functools.lru_cache(2)
+def _temporary_folder(address: str) -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="meshpack-")
 
 
 def forget_tokenizers() -> None:

@@ -66,6 +66,21 @@ def test_a_remote_store_has_the_bytes_of_a_local_one(bucket, lines, tmp_path, by
         DocumentStore.open(f"{address}/store")
 
 
+def test_tokenizer_and_template_behind_addresses(bucket, lines, tmp_path, byte_level, s3):
+    address, objects = bucket
+    for path in byte_level.iterdir():
+        s3.upload_file(str(path), address[5:], f"model/{path.name}")
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "t.jinja").write_text(template)
+    s3.put_object(Bucket=address[5:], Key="t.jinja", Body=template.encode())
+    local = write_store([lines], tmp_path / "a", options(byte_level, chat_template=str(tmp_path / "t.jinja")))
+    there = options(f"{address}/model/", chat_template=f"{address}/t.jinja")
+    assert write_store([lines], f"{address}/store", there) == local
+    assert objects("store/") == files(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"no tokenizer\.json there"):
+        write_store([lines], f"{address}/s", options(f"{address}/nothing"))
+
+
 def test_shares_duplicates_and_rejects_of_a_remote_store(bucket, lines, tmp_path, byte_level):
     address, objects = bucket
     bad = tmp_path / "bad.jsonl"
