@@ -51,6 +51,9 @@ class Model:
 
     model: str | None = _flag(None, "Hugging Face folder of the model (config.json and safetensors)")
     init: bool = _flag(False, "train from scratch: --model has config.json (and a tokenizer), weights come from --seed")
+    load: str = _flag(
+        "direct", "who reads the weights: every rank what it holds, or rank 0 for all", ("direct", "broadcast")
+    )
     dtype: str = _flag(
         "float32", "parameters in forward and backward; the optimizer keeps float32", ("float32", "bfloat16")
     )

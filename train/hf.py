@@ -9,8 +9,9 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train.model.config import ModelConfig
+from train.model.decoder import Decoder
 from train.model.families import FAMILIES, model_config
-from train.model.sources import Source, weight_sources
+from train.model.sources import Source, Window, weight_sources
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE_BYTES = 5 << 30  # at most so much in one exported file
@@ -65,47 +67,109 @@ def check_weights(folder: Path, *, from_scratch: bool) -> None:
         )
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, how: str = "direct") -> None:
     """Copy the weights of `folder` into `model`, plain or sharded (DTensor), casting to the dtype that is there.
 
-    `model` is a `Decoder`, perhaps after `fully_shard` and tensor parallelism, and materialised (`to_empty`). Not a
-    collective: a rank reads what it holds and talks to nobody. Raises ValueError naming the tensor when the files lack
-    one, hold another shape, or hold one that the model has no place for.
+    `model` is a `Decoder` or its stages, perhaps after `fully_shard` and tensor parallelism, and materialised
+    (`to_empty`). Raises ValueError naming the tensor when the files lack one, hold another shape, or hold one that the
+    model has no place for. `how`:
+
+    direct     every rank opens the files, reads the slices it holds and talks to nobody: for a disk of its own, or a
+               file system that serves many readers.
+    broadcast  rank 0 reads every tensor once and sends it whole to all, one after the other; each keeps its slices.
+               Collective. For a file system that many readers bring down.
     """
-    config: ModelConfig = model.config
-    with ExitStack() as stack:
-        files = _open_files(folder, stack)
-        sources = weight_sources(config, stacked=_is_stacked(files))
-        _refuse_misfits(files.keys(), sources, config, folder)
-        # state_dict and not named_parameters: it makes FSDP show the sharded tensors, whatever ran before
-        for name, parameter in model.state_dict().items():
-            if parameter.is_meta:
-                raise ValueError(f"{name} is on the meta device: call model.to_empty(device=…) before loading weights.")
-            _copy_own_part(parameter, sources[name], files, folder)
+    own = model.state_dict()  # not named_parameters: this makes FSDP show the sharded tensors, whatever ran before
+    for name, parameter in own.items():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: call model.to_empty(device=…) before loading weights.")
+    with ExitStack() as stack, torch.no_grad():
+        if how == "direct" or not dist.is_initialized():
+            files = _open_files(folder, stack)
+            sources = _check_files(files, model.config, folder)
+            for name, part in _own_parts(own, sources):
+                part.take(files[name].get_slice(name))
+        else:
+            _load_broadcast(own, model.config, folder, stack)
 
 
-def _copy_own_part(parameter: Tensor, source: Source, files: dict[str, Any], folder: Path) -> None:
-    expected = source.shape(parameter.shape)
-    if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
+@dataclass(frozen=True)
+class _Part:
+    """What a rank holds of one tensor of the files: `window` of it, which goes to `target` as `source` says."""
+
+    target: Tensor
+    source: Source
+    window: Window
+    step: int
+
+    def take(self, stored: Any) -> None:
+        """Fill the target from `stored`, the tensor or the slice object of a file."""
+        read = stored[self.window]
+        read = read.mT if self.source.transposed else read
+        self.target.copy_(
+            read if self.step == 1 else read[(slice(None),) * self.source.dim + (slice(None, None, self.step),)]
         )
-        parameter = parameter.to_local()
-    else:
+
+
+def _own_parts(own: dict[str, Tensor], sources: dict[str, Source]) -> Iterator[tuple[str, _Part]]:
+    """(tensor of the files, what this rank holds of it) for all of its parameters."""
+    for name, parameter in own.items():
         shape, offset = tuple(parameter.shape), (0,) * parameter.ndim
-    for name in source.names:
-        stored = files[name].get_slice(name).get_shape()
-        if stored != expected:
-            raise ValueError(f"{name} in {folder} has shape {stored}, its config.json asks for {expected}.")
-    if 0 in shape:  # more ranks than rows
-        return
-    window = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    with torch.no_grad():
-        for row, name, part, step in source.reads(window):
-            read = files[name].get_slice(name)[part]
-            read = read.mT if source.transposed else read
-            target = parameter if row is None else parameter[row]
-            target.copy_(read if step == 1 else read[(slice(None),) * source.dim + (slice(None, None, step),)])
+        if isinstance(parameter, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            parameter = parameter.to_local()
+        if 0 in shape:  # more ranks than rows
+            continue
+        held = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        for row, stored, window, step in sources[name].reads(held):
+            yield stored, _Part(parameter if row is None else parameter[row], sources[name], window, step)
+
+
+def _load_broadcast(own: dict[str, Tensor], config: ModelConfig, folder: Path, stack: ExitStack) -> None:
+    """`load_weights` where rank 0 alone reads. What is wrong with the files is raised on every rank."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            files = _open_files(folder, stack)
+            sources = _check_files(files, config, folder)
+            names = dict.fromkeys(name for source in sources.values() for name in source.names)
+            slices = {name: files[name].get_slice(name) for name in names}
+            table = {name: (stored.get_shape(), stored[:0].dtype) for name, stored in slices.items()}
+            answer = [(table, _is_stacked(files))]
+        except ValueError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], str):
+        raise ValueError(answer[0])
+    table, stacked = answer[0]
+    parts = defaultdict(list)
+    for name, part in _own_parts(own, weight_sources(config, stacked=stacked)):
+        parts[name].append(part)
+    device = next(iter(own.values())).device
+    for name, (shape, dtype) in table.items():
+        whole = files[name].get_tensor(name).to(device) if dist.get_rank() == 0 else None
+        whole = torch.empty(shape, dtype=dtype, device=device) if whole is None else whole.contiguous()
+        dist.broadcast(whole, src=0)
+        for part in parts[name]:
+            part.take(whole)
+        del whole  # before the next one comes
+
+
+def _check_files(files: dict[str, Any], config: ModelConfig, folder: Path) -> dict[str, Source]:
+    """Where the parameters of `config` stand in `files`; raises ValueError when they are not those of this model."""
+    sources = weight_sources(config, stacked=_is_stacked(files))
+    _refuse_misfits(files.keys(), sources, config, folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Decoder(config).state_dict().items()}
+    for ours, source in sources.items():
+        expected = source.shape(shapes[ours])
+        for name in source.names:
+            stored = files[name].get_slice(name).get_shape()
+            if stored != expected:
+                raise ValueError(f"{name} in {folder} has shape {stored}, its config.json asks for {expected}.")
+    return sources
 
 
 def _is_stacked(names: Iterable[str]) -> bool:

@@ -97,7 +97,7 @@ def train(config: Config) -> None:
     if checkpoint is None and config.model.init:
         init_weights(model, config.run.seed)
     elif checkpoint is None:
-        hf.load_weights(model, model_folder)
+        hf.load_weights(model, model_folder, config.model.load)
     optimizer = build_optimizer(model, config.optim)
     checkpointer = Checkpointer(out, model, optimizer, config.run.keep, background=config.run.async_save)
     if checkpoint is not None:

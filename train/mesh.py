@@ -123,7 +123,7 @@ def start_process_group(device: torch.device) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
         store, rank, world_size = next(rendezvous("env://"))
-        # torchrun's store outlives the ranks it restarts (`--max-restarts`): the addresses of those that died are in it.
+        # torchrun's store outlives the ranks that it restarts (`--max-restarts`): it holds the addresses of the dead.
         store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1

@@ -62,6 +62,7 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
         "verify": "off",
         "on_nonfinite": "skip",
         "cp_method": "needed",
+        "load": "broadcast",
         "pp_schedule": "gpipe",
     }
     values |= {

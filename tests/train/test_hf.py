@@ -1,6 +1,7 @@
 """Hugging Face folders: reading with checks, reading shards on several ranks, bit-equal round trip."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -184,13 +185,13 @@ def shard(model: Decoder, layout: str) -> None:
     fully_shard(model, mesh=mesh, mp_policy=precision)
 
 
-def load_and_export(folder: str, out: str, layout: str) -> None:
+def load_and_export(folder: str, out: str, layout: str, how: str) -> None:
     """On every rank: build on meta, shard, load the own part, compare with the file, export, initialise."""
     with torch.device("meta"):
         model = Decoder(hf.read_config(Path(folder)))
     shard(model, layout)
     model.to_empty(device="cpu")
-    hf.load_weights(model, Path(folder))
+    hf.load_weights(model, Path(folder), how)
     stored, sources = tensors(Path(folder)), weight_sources(model.config)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
@@ -209,13 +210,67 @@ def load_and_export(folder: str, out: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "layout", "kind"),
-    [(2, "fsdp", "tied"), (3, "fsdp", "untied"), (4, "hsdp", "tied"), (4, "tp", "untied")],
+    ("world", "layout", "kind", "how"),
+    [
+        (2, "fsdp", "tied", "direct"),
+        (3, "fsdp", "untied", "broadcast"),
+        (4, "hsdp", "tied", "broadcast"),
+        (4, "tp", "untied", "direct"),
+        (4, "tp", "tied", "broadcast"),
+    ],
 )
-def test_every_rank_reads_its_own_part(request, tmp_path, world, layout, kind):
+def test_every_rank_gets_its_own_part(request, tmp_path, world, layout, kind, how):
     folder = request.getfixturevalue("tiny_llama_dir" if kind == "tied" else "tiny_llama_untied_dir")
-    run_ranks(load_and_export, world, str(folder), str(tmp_path / "export"), layout)
+    run_ranks(load_and_export, world, str(folder), str(tmp_path / "export"), layout, how)
     assert equal(tensors(tmp_path / "export"), tensors(folder))
+
+
+def load_both_ways(folders: list[str]) -> None:
+    for folder in map(Path, folders):
+        loaded = []
+        for how in ("direct", "broadcast"):
+            with torch.device("meta"):
+                model = Decoder(hf.read_config(folder))
+            shard(model, "fsdp")
+            model.to_empty(device="cpu")
+            hf.load_weights(model, folder, how)
+            loaded.append(model.state_dict())
+        for name, parameter in loaded[0].items():
+            assert torch.equal(parameter.to_local(), loaded[1][name].to_local()), (folder.name, name)
+
+
+def test_fused_interleaved_and_stacked_tensors_arrive_the_same_both_ways(tmp_path):
+    import transformers
+
+    sizes = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
+    folders = []
+    for name in ("Phi3", "Mixtral", "GptOss"):
+        config = getattr(transformers, f"{name}Config")(**sizes, num_local_experts=4)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        content = json.loads((tmp_path / name / "config.json").read_text())
+        if name == "Phi3":
+            del content["num_local_experts"]
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+        folders.append(str(tmp_path / name))
+    run_ranks(load_both_ways, 2, folders)
+
+
+def load_broken(folder: str) -> str:
+    model = load_plain(Path(folder))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.remove(Path(folder) / hf.WEIGHTS)
+    try:
+        hf.load_weights(model, Path(folder), "broadcast")
+    except ValueError as error:
+        return str(error)
+
+
+def test_what_rank_0_cannot_read_is_said_on_every_rank(tiny_llama_dir, tmp_path):
+    folder = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    messages = run_ranks(load_broken, 2, str(folder))
+    assert all("holds neither model.safetensors nor" in message for message in messages)
 
 
 def copy_by_placement(folder: str) -> None:
