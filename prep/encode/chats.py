@@ -86,12 +86,12 @@ class ChatRenderer:
                 raise
             messages = list(given)
             chat = self._locate(messages, tools)
-        spans = trained_spans(chat, messages, self._template, turns, self._policy)
+        spans, facts = trained_spans(chat, messages, self._template, turns, self._policy)
         literals = complement([(start, end) for _, start, end in chat.words], len(chat.text))
         controls = None
         if guard and self._control is not None:
             controls = sum(1 for s, e in literals for _ in self._control.finditer(chat.text, s, e))
-        rendering = Rendering(chat.text, spans, controls, literals)
+        rendering = Rendering(chat.text, spans, controls, literals, facts=facts)
         if self._direct is not None and tools is None and guard:
             header = turns.header if self._policy.roles == ("assistant",) else None
             self._direct.learn(messages, rendering, chat, self._template, header)

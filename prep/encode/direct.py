@@ -7,7 +7,7 @@ compares, searches or cuts decides which contents must go through Jinja, and any
 decides that all must. Work units check a sample of their chats against Jinja on top.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -57,6 +57,8 @@ class _Frame:
     controls: int | None
     strips: list[bool | None]
     """For each content whether it loses the white space at its edges; None: only Jinja can tell."""
+    facts: Mapping[str, int]
+    """See `Rendering`."""
 
 
 class DirectRenderer:
@@ -99,7 +101,7 @@ class DirectRenderer:
         # ends[k]: where content k ends
         ends = list(accumulate(map(len, pieces)))[1::2]
         spans = [(ends[a] + b if a >= 0 else b, ends[c] + d if c >= 0 else d) for a, b, c, d in frame.spans]
-        return Rendering("".join(pieces), spans, frame.controls, None)
+        return Rendering("".join(pieces), spans, frame.controls, None, facts=frame.facts)
 
     def _is_plain(self, content: str) -> bool:
         seen = self._inspection
@@ -144,7 +146,7 @@ class DirectRenderer:
             trained = message["role"] == "assistant"
             if not strips[k] and not (header and (not trained or literals[k].endswith(header))):
                 strips[k] = None
-        frame = _Frame(literals, spans, rendering.controls, strips)
+        frame = _Frame(literals, spans, rendering.controls, strips, rendering.facts)
         self._frames[tuple(message["role"] for message in messages)] = frame
 
 

@@ -4,8 +4,8 @@ A token is a target when at least one of its bytes is trained. Where a merge cro
 that begins with a newline after `assistant\\n`), the crossing token is thus a target, as in transformers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Rendering:
         record look like one, and these must stay text. None: whatever looks like a control token is one.
     literals: character ranges written by the template; None where they are not known yet (`relocate` finds them).
     around: a plain text: bos before it where the tokenizer writes one, eos behind it.
+    facts: what the ledger notes of it: name → count.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Rendering:
     literals: Sequence[tuple[int, int]] | None = ()
     around: bool = False
     eos_is_target: bool = True
+    facts: Mapping[str, int] = field(default_factory=dict)
 
 
 def byte_spans(text: str, spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:

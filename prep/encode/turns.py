@@ -84,23 +84,38 @@ def _takes_lists(template: ChatTemplate, user: Mapping, model: Mapping) -> bool:
         return False
 
 
+class Trained(NamedTuple):
+    """What is trained of a rendered chat."""
+
+    spans: list[tuple[int, int]]
+    """Character ranges, ascending and disjoint."""
+    facts: dict[str, int]
+    """What a user should hear of, for the ledger: name → count."""
+
+
 def trained_spans(
     chat: MarkedChat, messages: Sequence[Mapping], template: ChatTemplate, turns: TurnMarks, policy: MaskPolicy
-) -> list[tuple[int, int]]:
-    """Character ranges of a rendered chat that are trained, ascending and disjoint.
+) -> Trained:
+    """What is trained of a rendered chat, and what could not be.
+
+    A turn without words trains nothing, not even its end (unless the template's `{% generation %}` says so): an empty
+    answer is a defect of the data, and nobody wants a model that has learnt to stop at once. Such turns are counted as
+    `turns_without_words`; trained turns that the template does not close, or whose end its `{% generation %}` leaves
+    out, as `turns_without_a_trained_end`.
 
     Raises:
         ValueError: a trained turn cannot be located.
     """
     if policy.train_on == "all":
-        return [(0, len(chat.text))] if chat.text else []
+        return Trained([(0, len(chat.text))] if chat.text else [], {})
     words = _words(chat)
     trained = _trained_messages(messages, policy)
-    if template.has_generation:
-        spans = _generation_spans(chat, words, trained, turns, policy)
-    else:
-        spans = _turn_spans(chat, words, trained, turns, policy)
-    return _apply_part_flags(spans, words, messages, trained)
+    find = _generation_spans if template.has_generation else _turn_spans
+    spans, endless = find(chat, words, trained, turns, policy)
+    wordless = sum(message not in words for message in trained)
+    facts = {"turns_without_words": wordless, "turns_without_a_trained_end": endless}
+    spans = _apply_part_flags(spans, words, messages, trained)
+    return Trained(spans, {name: count for name, count in facts.items() if count})
 
 
 def _trained_messages(messages: Sequence[Mapping], policy: MaskPolicy) -> list[int]:
@@ -137,7 +152,8 @@ def _words(chat: MarkedChat) -> dict[int, _Words]:
 
 
 def _turn_spans(chat, words, trained, turns, policy):
-    spans = []
+    """(spans, trained turns that have no end, where they should have one)."""
+    spans, endless = [], 0
     order = sorted((found.start, message) for message, found in words.items())
     limits = {message: start for (_, message), (start, _) in pairwise(order)}
     floors = {message: words[before].end for (_, before), (_, message) in pairwise(order)}
@@ -161,7 +177,8 @@ def _turn_spans(chat, words, trained, turns, policy):
             spans.append((start, begin))
         if message in ending:
             spans.append((begin, stop))
-    return merge_spans(spans)
+            endless += begin == stop and message in trained
+    return merge_spans(spans), endless
 
 
 def _end_of_turn(text: str, end: int, limit: int, ends: Sequence[str]) -> tuple[int, int]:
@@ -181,7 +198,8 @@ def _end_of_turn(text: str, end: int, limit: int, ends: Sequence[str]) -> tuple[
 
 
 def _generation_spans(chat, words, trained, turns, policy):
-    """The template's own `{% generation %}` blocks, but for those of messages that are not trained."""
+    """The template's own `{% generation %}` blocks, but for those of messages that are not trained; and how many of
+    them leave out an end of turn that the policy wants trained."""
     spans = []
     for start, end in chat.generations:
         inside = {m for m, found in words.items() if any(start <= s and e <= end for _, s, e in found.pieces)}
@@ -195,7 +213,9 @@ def _generation_spans(chat, words, trained, turns, policy):
     for start, end in cut:
         body = chat.text[start:end].rstrip()
         holes += [(start + len(body) - len(e), end) for e in turns.ends if body.endswith(e)]
-    return subtract_spans(spans, holes)
+    ending = {"none": [], "last": spans[-1:]}.get(policy.end_of_turn, spans)
+    endless = sum(not chat.text[start:end].rstrip().endswith(turns.ends) for start, end in ending)
+    return subtract_spans(spans, holes), endless
 
 
 def _apply_part_flags(spans, words, messages, trained):

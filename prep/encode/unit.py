@@ -163,7 +163,12 @@ class _UnitRun:
                 self._reject(position, record, error)
                 continue
             batch.append(_Item(position, record, document))
-            size += len(document.text) if type(document) is Rendering else 4 * len(document.ids)
+            if type(document) is Rendering:
+                size += len(document.text)
+                for name, count in document.facts.items():
+                    self._ledger.note(self._spec.name, name, count)
+            else:
+                size += 4 * len(document.ids)
             if size >= _BATCH_CHARACTERS:
                 record = document = None  # `batch` alone holds them, see `run`
                 yield batch

@@ -22,6 +22,12 @@ REPEATED_SHARE = 0.6
 PERIODS = 16
 TRUNCATED_SHARE = 0.01
 
+NOTED = {
+    "turns_without_words": "have no words, so nothing of them is trained: empty answers, to be mended or left out",
+    "turns_without_a_trained_end": "have no end that is trained: the chat template does not close them",
+}
+"""What encoding notes in the ledger, and what it means."""
+
 # One bit a property; the kernel sets them, `_findings` reads them.
 NO_TARGETS, ALL_TARGETS, TARGET_AT_START, NO_BOS, TWO_BOS, END_NOT_TRAINED, HAS_END, REPEATS, BAD_ID = (
     1 << i for i in range(9)
@@ -125,6 +131,10 @@ def _findings(flags: np.ndarray, hashes: np.ndarray, places, facts: Facts) -> li
         text = "pad with the end-of-sequence token: harmless here; tools that mask by the pad id untrain every end"
         findings.append(finding("pad-is-eos", "note", total, 1.0, text, []))
     account = facts.ledger["total"]
+    for name, text in NOTED.items():
+        if count := account["notes"].get(name, 0):
+            check = name.replace("_", "-")
+            findings.append(finding(check, "warning", count, count / total, f"turns of the model {text}", []))
     cut = sum(count["tokens"] for count in account["truncated"].values())
     if cut:
         share = cut / account["read"]["tokens"]

@@ -157,6 +157,18 @@ def test_tool_calls_are_trained_with_what_closes_them_and_tool_results_are_not(n
     assert rendering.text == reference.apply_chat_template(messages, tools=tools, tokenize=False)
 
 
+def test_a_single_tool_call_that_deepseek_does_not_close_is_counted(npm_tokenizer):
+    """Its template writes the end of a message behind the last of several tool calls, but none behind a single one."""
+    tokenizer = read_tokenizer(npm_tokenizer("deepseek_v3"))
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    messages = [user("w?"), model(None, tool_calls=[call]), {"role": "tool", "content": "sunny"}, model("Sun.")]
+    rendering = reader(tokenizer).read({"messages": messages})
+    assert rendering.text.count(ENDS["deepseek_v3"]) == 1
+    assert "Bern" in trained_texts(rendering)[0]
+    assert trained_texts(rendering)[-1] == "Sun." + ENDS["deepseek_v3"]
+    assert rendering.facts == {"turns_without_a_trained_end": 1}
+
+
 def test_control_tokens_in_a_message_stay_text(family):
     kind, tokenizer, reference, engines = family
     end = ENDS[kind]

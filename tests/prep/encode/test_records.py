@@ -119,6 +119,42 @@ def test_a_template_that_rewrites_words_is_refused_not_guessed(byte_level):
             reader(byte_level, template=template).read(FOUR)
 
 
+GENERATION_WITHOUT_END = GENERATION.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen").replace(
+    "{{ '\n'", "{{ '<|im_end|>\n'"
+)
+ENDLESS = {"turns_without_a_trained_end": 2}
+
+
+@pytest.mark.parametrize(
+    ("template", "policy", "expected"),
+    [
+        ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}", {}, ENDLESS),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", {}, ENDLESS),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", {"end_of_turn": "none"}, {}),
+        # The end stands behind the block that the template says is the model's.
+        (
+            GENERATION.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen").replace("{{ '\n'", "{{ '<|im_end|>\n'"),
+            {},
+            ENDLESS,
+        ),
+        (GENERATION, {}, {}),
+        (True, {}, {}),
+    ],
+)
+def test_turns_whose_end_is_not_trained_are_counted(byte_level, template, policy, expected):
+    records = reader(byte_level, template=template, **policy)
+    for _ in range(2):  # the second time directly, where the template allows it
+        assert records.read(FOUR).facts == expected
+
+
+def test_an_answer_without_words_is_not_trained_and_counted(byte_level):
+    rendering = reader(byte_level).read(chat("u", "", "v", "  ", "w", "yes"))
+    assert trained(rendering) == ["yes" + END]
+    assert rendering.facts == {"turns_without_words": 2}
+    untrained = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "", "weight": 0}]}
+    assert reader(byte_level).read(untrained).facts == {}
+
+
 def test_a_template_with_two_ends_of_turn(byte_level):
     """As gpt-oss: the last turn ends in another token than the earlier ones."""
     template = (

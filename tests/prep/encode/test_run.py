@@ -546,6 +546,30 @@ def test_the_command(tmp_path, byte_level):
     assert "either INPUTS or --mix" in result.output
 
 
+def test_turns_that_cannot_be_trained_stand_in_ledger_summary_and_lint(tmp_path, byte_level):
+    """A template that never closes a turn, and answers without words: nothing of it is silent."""
+    (tmp_path / "open.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    answerless = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}
+    path = write_jsonl(tmp_path / "a.jsonl", [*chats(5), answerless])
+    turns = sum(len(record["messages"]) // 2 for record in chats(5))
+    given = [path, "--out", tmp_path / "s", "--tokenizer", byte_level, "--chat-template", tmp_path / "open.jinja"]
+    result = CliRunner().invoke(main, ["encode", *map(str, given), "--json", "--quiet"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    notes = {"turns_without_a_trained_end": turns, "turns_without_words": 1}
+    assert notes.items() <= summary["ledger"]["total"]["notes"].items()
+    assert summary["ledger"] == json.loads((tmp_path / "s" / "ledger.json").read_text())
+    assert (summary["rows"], summary["finished"]) == (5, True)
+    again = CliRunner().invoke(main, ["encode", *map(str, given)])  # a finished store is summed up as well
+    assert f"turns without a trained end: {turns}" in again.output
+    linted = json.loads(CliRunner().invoke(main, ["lint", str(tmp_path / "s"), "--json"]).stdout)
+    assert {"turns-without-a-trained-end", "turns-without-words"} <= {f["check"] for f in _findings(linted)}
+
+
+def _findings(linted):
+    return linted["findings"] if "findings" in linted else next(iter(linted.values()))["findings"]
+
+
 def test_a_full_disk_is_an_error_that_can_be_resumed(tmp_path, byte_level, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", chats(100))
     run(path, tmp_path / "whole", byte_level, unit_bytes=4000)
