@@ -18,7 +18,7 @@ BOS, EOS, PAD = 1, 2, 3
 SOURCES = (("first.jsonl", 0, 2), ("second.jsonl", 2, 99))
 
 
-def look(*documents, pad=PAD, truncated=0):
+def look(*documents, pad=PAD, truncated=0, notes=()):
     """Lint documents given as (ids, mask)."""
     lengths = np.array([len(ids) for ids, _ in documents], np.int32)
     count = len(documents)
@@ -32,7 +32,8 @@ def look(*documents, pad=PAD, truncated=0):
         np.full(count, -1, np.int64),
     )
     cut = {"overlong": {"documents": 0, "tokens": truncated}} if truncated else {}
-    ledger = {"total": {"read": {"documents": count, "tokens": int(lengths.sum()) + truncated}, "truncated": cut}}
+    read = {"documents": count, "tokens": int(lengths.sum()) + truncated}
+    ledger = {"total": {"read": read, "truncated": cut, "notes": dict(notes)}}
     result = lint([chunk], Facts(50, BOS, EOS, pad, SOURCES, ledger))
     return {f["check"]: f for f in result["findings"]}, result
 
@@ -87,6 +88,12 @@ def test_pad_and_truncation():
         10,
         0.5,
     )
+
+
+def test_what_encoding_could_not_train_is_found():
+    found, result = look(good(10), good(11), notes={"turns_without_words": 3, "compared_with_hf": 9})
+    assert (found["turns-without-words"]["level"], found["turns-without-words"]["count"]) == ("warning", 3)
+    assert result["warnings"] == 1
 
 
 def template(folder: Path, text: str):
