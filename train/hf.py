@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -229,13 +229,36 @@ def save_weights(
     pipeline stages are sent to rank 0, each when its turn comes.
     """
     own = model.state_dict()
-    parameters, holders = _everywhere(own)
+    described, holders = _everywhere(own)
+    write_folder(
+        model.config,
+        described,
+        lambda name: _gather(own.get(name), described[name], holders[name]),
+        source,
+        out,
+        dtype=dtype,
+        file_bytes=file_bytes,
+    )
+
+
+def write_folder(
+    config: ModelConfig,
+    described: dict[str, Tensor],
+    read: Callable[[str], Tensor | None],
+    source: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None,
+    file_bytes: int,
+) -> None:
+    """What `save_weights` does, for parameters `described` (on meta) that `read` returns whole on rank 0, each once and
+    on every rank in the same order."""
     with ExitStack() as stack:
         has_weights = (source / INDEX).exists() or (source / WEIGHTS).exists()  # not where a run began from scratch
         names = _open_files(source, stack).keys() if has_weights else ()
-        sources = weight_sources(model.config, stacked=_is_stacked(names))
+        sources = weight_sources(config, stacked=_is_stacked(names))
     tensors = _parts(sources)
-    files = _plan_files(parameters, sources, tensors, dtype, file_bytes)
+    files = _plan_files(described, sources, tensors, dtype, file_bytes)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     scratch = None
     if writes:
@@ -246,17 +269,14 @@ def save_weights(
         for file_name, names in files.items():
             gathered = {}
             for name in names:
-                # Collective, on every rank. The tensors of a parameter follow each other: it is gathered once.
-                whole = {
-                    part: whole[part] if part in whole else _gather(own.get(part), parameters[part], holders[part])
-                    for part in tensors[name]
-                }
+                # The tensors of a parameter follow each other: it is read once.
+                whole = {part: whole[part] if part in whole else read(part) for part in tensors[name]}
                 if writes:
                     gathered[name] = _assemble(name, {part: (sources[part], whole[part]) for part in whole}, dtype)
             if writes:
                 save_file(gathered, scratch / file_name, metadata={"format": "pt"})
         if writes:
-            _write_companions(scratch, source, files, parameters, dtype)
+            _write_companions(scratch, source, files, described, dtype)
             _replace(scratch, out)
     finally:
         if scratch is not None:

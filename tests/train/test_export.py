@@ -1,0 +1,95 @@
+"""Exports of a checkpoint by one process: the same files as the run's own, in any size and type, or one sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train.main
+from make_shards import make_shards, random_packs
+from ranks import run_ranks
+from train.checkpoint import MARK, whole_checkpoints
+from train.config import parse
+from train.export import export, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(argv):
+    train.main.train(parse(argv))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama_dir, tmp_path_factory):
+    """A run of two steps on three ranks; only to be read."""
+    folder = tmp_path_factory.mktemp("export")
+    rows = random_packs(np.random.default_rng(0), 6, 160, 4, 320)
+    shards = make_shards(folder / "shards", rows, capacity=160, align=4)
+    flags = {"shards": shards, "model": tiny_llama_dir, "out": folder / "out", "batch-packs": 3, "steps": 2}
+    flags |= {"save-every": 1, "lr": 1e-2, "device": "cpu", "threads": 1}
+    run_ranks(run, 3, [part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    return folder / "out"
+
+
+def tensors(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_the_command_writes_what_the_run_has_exported(finished, tmp_path):
+    command = [sys.executable, "train/export.py", str(finished), "--out", str(tmp_path / "hf")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    written, wanted = (
+        {f.name: f.read_bytes() for f in folder.iterdir()} for folder in (tmp_path / "hf", finished / "hf")
+    )
+    assert written == wanted
+
+
+def test_an_earlier_checkpoint_in_small_files_and_another_type(finished, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    first, last = whole_checkpoints(finished)
+    assert export(first, tmp_path / "hf", dtype=torch.bfloat16, file_gb=50_000 / 1e9) == first
+    files = list((tmp_path / "hf").glob("model-*-of-*.safetensors"))
+    assert len(files) > 2
+    assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= 50_000 for file in files)
+    early, late = tensors(tmp_path / "hf"), tensors(finished / "hf")
+    assert early.keys() == late.keys()
+    assert not torch.equal(early["model.norm.weight"], late["model.norm.weight"].bfloat16())
+    export(last, tmp_path / "hf", dtype=torch.bfloat16)  # replaces it
+    late = {name: tensor.bfloat16() for name, tensor in late.items()}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in late.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
+
+
+def test_what_is_wrong_is_said_in_one_sentence(finished, tiny_llama_untied_dir, tmp_path, capsys):
+    half = tmp_path / "step-00000001"
+    half.mkdir()
+    (half / ".metadata").write_bytes(b"")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    lost = tmp_path / "checkpoints" / "step-00000002"
+    lost.mkdir(parents=True)
+    (lost / MARK).write_bytes((whole_checkpoints(finished)[-1] / MARK).read_bytes())
+    out = str(tmp_path / "hf")
+    for argv, says in (
+        ([str(half), "--out", out], "no complete checkpoint"),
+        ([str(tmp_path / "nowhere"), "--out", out], "no complete checkpoint"),
+        ([str(lost), "--out", out], "does not tell which model was trained"),
+        ([str(finished), "--out", str(tmp_path / "thesis")], "holds something that is no export"),
+        ([str(finished), "--out", out, "--file-gb", "0"], "--file-gb must be greater than 0"),
+        (
+            [str(finished), "--out", out, "--model", str(tiny_llama_untied_dir)],
+            "lm_head.weight is not there and (320, 64)",
+        ),
+    ):
+        assert main(argv) == 1
+        said = capsys.readouterr().err
+        assert says in said
+        assert len(said.splitlines()) == 1
+    assert not Path(out).exists()

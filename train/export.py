@@ -1,0 +1,121 @@
+"""Turn a checkpoint into a Hugging Face folder: `python train/export.py RUN --out DIR`.
+
+Runs in one process, without the shards and whatever mesh wrote the checkpoint. Tensors are read one at a time, so
+memory is one file of the export and one tensor. (The export at the end of a run is `train.hf.save_weights`.)
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+
+if __name__ == "__main__":
+    # A script's own folder comes first on the path, where `train/data.py` would be found as `data`.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from train import hf
+from train.checkpoint import read_position, whole_checkpoints
+from train.model.decoder import Decoder
+from train.outdir import RUN_NAME
+
+GB = 1_000_000_000
+
+
+def export(
+    path: Path, out: Path, *, model: Path | None = None, dtype: torch.dtype | None = None, file_gb: float = 5.0
+) -> Path:
+    """Write the weights of a checkpoint as the Hugging Face folder `out`, and return the checkpoint.
+
+    `path` is a run's folder, of which the last whole checkpoint is taken, or a checkpoint. Configuration and tokenizer
+    come from the folder `model`, by default the run's `--model`. `dtype` is that of the files, by default that of the
+    checkpoint; a file holds at most `file_gb` GB, if no tensor alone is larger. An earlier export at `out` is replaced.
+
+    Raises: ValueError when there is no whole checkpoint, when it is not one of this model, or when `out` holds
+    something that is no export.
+    """
+    checkpoint = _find(path)
+    source = model or _model_of(checkpoint)
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())):
+        raise ValueError(f"--out {out} holds something that is no export; name another folder")
+    config = hf.read_config(source)
+    with torch.device("meta"):
+        described = Decoder(config).state_dict()
+    reader = _Reader(checkpoint)
+    stored = reader.read_metadata().state_dict_metadata
+    for name, tensor in described.items():
+        size = getattr(stored.get(f"model.{name}"), "size", None)
+        if size is None or size != tensor.shape:
+            there = "not there" if size is None else f"{tuple(size)} there"
+            raise ValueError(
+                f"{checkpoint}: {name} is {there} and {tuple(tensor.shape)} in the model of {source}; "
+                "name the model that was trained by --model"
+            )
+
+    def read(name: str) -> Tensor:
+        whole = torch.empty(described[name].shape, dtype=stored[f"model.{name}"].properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+            dcp.load({"model": {name: whole}}, storage_reader=reader, no_dist=True)
+        return whole
+
+    hf.write_folder(config, described, read, source, out, dtype=dtype, file_bytes=int(file_gb * GB))
+    return checkpoint
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the index of a checkpoint once, not once a tensor."""
+
+    @cache  # noqa: B019 (there is one reader)
+    def read_metadata(self) -> Metadata:
+        return super().read_metadata()
+
+
+def _find(path: Path) -> Path:
+    if found := whole_checkpoints(path):
+        return found[-1]
+    read_position(path)  # raises where it is no whole checkpoint either
+    return path
+
+
+def _model_of(checkpoint: Path) -> Path:
+    record = checkpoint.resolve().parent.parent / RUN_NAME
+    try:
+        return Path(json.loads(record.read_bytes())["flags"]["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{record} does not tell which model was trained; name its folder (config.json, tokenizer) by --model"
+        ) from None
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="train/export.py", description="Write the weights of a checkpoint as a Hugging Face folder."
+    )
+    parser.add_argument("path", type=Path, metavar="RUN", help="a run's folder (its last checkpoint), or a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an earlier export there is replaced")
+    parser.add_argument("--model", type=Path, help="folder with config.json and tokenizer (default: the run's --model)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the checkpoint")
+    parser.add_argument("--file-gb", type=float, default=5.0, help="largest file; several get an index (default: 5)")
+    given = parser.parse_args(argv)
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    try:
+        if given.file_gb <= 0:
+            raise ValueError(f"--file-gb must be greater than 0, not {given.file_gb}")
+        checkpoint = export(given.path, given.out, model=given.model, dtype=dtype, file_gb=given.file_gb)
+    except ValueError as error:
+        print(f"export: error: {error}", file=sys.stderr)
+        return 1
+    print(f"exported {checkpoint} to {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
