@@ -92,12 +92,24 @@ class Layout:
         ("gather", "needed", "ring", "ulysses"),
     )
     tp: int = _flag(1, "tensor-parallel ranks")
-    ep: int = _flag(1, "expert-parallel ranks")
+    ep: int = _flag(1, "expert-parallel ranks, out of those of dp_shard, cp and tp")
     reshard: bool = _flag(
         True, "free a block's gathered weights after its forward; without, backward need not gather them again"
     )
     prefetch: int = _flag(1, "blocks whose weights are gathered ahead of need, each way; 0: as FSDP itself does")
     cpu_offload: bool = _flag(False, "keep parameters, gradients and optimizer state in host memory")
+
+
+@dataclass(frozen=True)
+class Router:
+    """How tokens are spread over the experts of a mixture; coefficients in config.json are not read."""
+
+    router_aux_loss: float = _flag(0.0, "coefficient of the load-balancing loss of each layer, computed per pack")
+    router_z_loss: float = _flag(0.0, "coefficient of the loss on large router logits of each layer")
+    router_bias_rate: float = _flag(
+        0.0, "step by which an expert's bias moves against its load (models that have such a bias; published: 0.001)"
+    )
+    router_log_every: int = _flag(10, "list the load of every expert in the metrics of every N-th step; 0: never")
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,7 @@ class Config:
     data: Data = Data()
     model: Model = Model()
     layout: Layout = Layout()
+    router: Router = Router()
     optim: Optim = Optim()
     run: Run = Run()
 
@@ -151,6 +164,7 @@ REQUIRED = ("shards", "model", "out")
 POSITIVE = ("batch_packs", "micro_packs", "pp", "dp_replicate", "cp", "tp", "ep", "epochs", "lr")
 NOT_NEGATIVE = (
     *("threads", "steps", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "beta1", "beta2"),
+    *("router_aux_loss", "router_z_loss", "router_bias_rate", "router_log_every"),
     *("eval_every", "eval_packs", "save_every", "keep", "prefetch", "peak_tflops", "profile"),
 )
 
@@ -218,11 +232,12 @@ COMBINATIONS = (
         "--pp-schedule {pp_schedule} is not driven yet: take 1f1b, or interleaved, whose bubble is smaller",
         lambda c: c.layout.pp > 1 and c.layout.pp_schedule in SPLIT_BACKWARD,
     ),
+    Combination("expert parallelism", {"ep": 2}, "tests/dist/test_ep.py"),
     Combination(
-        "expert parallelism",
-        {"ep": 2},
-        "--ep {ep} is not driven yet: leave it at 1, no mixture-of-experts model is supported",
-        lambda c: c.layout.ep > 1,
+        "expert and pipeline parallelism",
+        {"ep": 2, "pp": 2},
+        "--ep {ep} with --pp {pp} is not proven yet: take one of them",
+        lambda c: c.layout.ep > 1 and c.layout.pp > 1,
     ),
 )
 """THE table: `check` takes its error from it, a test walks it, `matrix` prints it for the README."""

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from formats.dataset import PackedDataset
 from train import hf
 from train.attention.choose import choose_backend
+from train.balance import move_biases, take_load
 from train.checkpoint import Checkpointer, DataState, Position, check_data_state, read_position
 from train.config import Config, parse
 from train.cut import choose_cut
@@ -146,6 +147,9 @@ def train(config: Config) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         result = train_step(model, optimizer, loader, facts.target_tokens, mesh, config.optim)
+        load = take_load(model, model_config, facts.tokens)
+        if load is not None and config.router.router_bias_rate > 0 and result.applied:
+            move_biases(model, load, config.router.router_bias_rate)
         position = Position(step, facts.consumed, data_state)
         # The longest stall and the largest memory of any rank; a signal that reached one stops all after the same step.
         worst = torch.tensor([loader.stall_seconds, memory_bytes(device), stop.received], dtype=torch.float64)
@@ -172,6 +176,7 @@ def train(config: Config) -> None:
                 "mfu": done / peak if peak else None,
                 "memory_bytes": int(worst[1].item()),
             }
+            | (load.record(step, config.router) if load is not None else {})
         )
         profiler.step()
         checkpointer.poll()

@@ -48,11 +48,14 @@ class Mesh:
     """The 5-D mesh and the views that the trainer uses.
 
     `fsdp` is what `fully_shard` takes: 1-D (dp_shard × cp), or 2-D (dp_replicate, dp_shard × cp) for HSDP.
+    `experts` is the sibling mesh (pp, dp_replicate, ep_shard, ep) over the same ranks, where --ep or --tp asks for it:
+    an expert's data ranks are those of dp_shard × cp × tp, in ep_shard groups of ep neighbours.
     `dp_rank` of `dp_size` says which packs are this rank's: cp and tp ranks share theirs.
     """
 
     root: DeviceMesh
     fsdp: DeviceMesh
+    experts: DeviceMesh | None
     dp_rank: int
     dp_size: int
 
@@ -79,7 +82,7 @@ class Mesh:
 def build_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh over all ranks of the default process group.
 
-    Raises: ValueError when the sizes do not make the world size.
+    Raises: ValueError when the sizes do not make the world size, or `ep` does not divide its ranks.
     """
     sizes = axis_sizes(layout, dist.get_world_size())
     root = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
@@ -93,7 +96,21 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
         warnings.filterwarnings("ignore", message="Slicing a flattened dim")
         fsdp = root["dp_replicate", shard_axis] if dp_replicate > 1 else root[shard_axis]
     dp_rank = root.get_local_rank("dp_replicate") * dp_shard + root.get_local_rank("dp_shard")
-    return Mesh(root, fsdp, dp_rank, dp_replicate * dp_shard)
+    return Mesh(root, fsdp, _expert_mesh(root, layout.ep), dp_rank, dp_replicate * dp_shard)
+
+
+def _expert_mesh(root: DeviceMesh, ep: int) -> DeviceMesh | None:
+    pp, dp_replicate, dp_shard, cp, tp = root.shape
+    if ep == 1 and tp == 1:
+        return None
+    ranks = dp_shard * cp * tp
+    if ranks % ep:
+        raise ValueError(
+            f"--ep {ep} does not divide dp_shard {dp_shard} × cp {cp} × tp {tp} = {ranks} ranks; lower --ep or start "
+            f"a multiple of {ep} ranks"
+        )
+    sizes = (pp, dp_replicate, ranks // ep, ep)
+    return init_device_mesh(root.device_type, sizes, mesh_dim_names=("pp", "dp_replicate", "ep_shard", "ep"))
 
 
 def pick_device(name: str) -> torch.device:

@@ -14,16 +14,18 @@ from train.mesh import Mesh
 def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:
     """AdamW over all parameters of `model`; matrices decay, vectors (norms, biases) do not.
 
-    Every parameter must be a DTensor or none may be: the foreach kernels cannot mix them in a group.
+    Every parameter must be a DTensor or none may be: the foreach kernels cannot mix them in a group, nor DTensors of
+    different meshes (experts have their own), so each mesh has its groups.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    on_cuda = all(p.device.type == "cuda" for p in parameters)
+    groups: dict[tuple, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and not name.endswith("bias")  # those of experts are stacked
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((mesh, decays), []).append(parameter)
+    on_cuda = all(p.device.type == "cuda" for p in model.parameters())
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": g, "weight_decay": config.weight_decay if decays else 0.0} for (_, decays), g in groups.items()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         foreach=not on_cuda,
@@ -56,7 +58,9 @@ def gradient_norm(model: nn.Module, mesh: Mesh | None = None) -> torch.Tensor:
         if isinstance(parameter.grad, DTensor):
             holders = parameter.grad.device_mesh
             assert not any(p.is_partial() for p in parameter.grad.placements), "a gradient was left unreduced"
-            axes = tuple(axis for axis, p in enumerate(parameter.grad.placements) if p.is_shard())
+            axes = tuple(
+                axis for axis, p in enumerate(parameter.grad.placements) if not p.is_replicate()
+            )  # _StridedShard is no Shard
             buckets.setdefault((holders, axes), []).append(parameter.grad.to_local())
         else:
             buckets.setdefault((None, ()), []).append(parameter.grad)

@@ -42,14 +42,15 @@ class MicroBatch:
 
     def clone(self) -> "MicroBatch":
         """The same row in tensors of its own."""
-        part = self.segments.part
-        if part is not None:
-            part = replace(part, **_cloned(part))
-        segments = replace(self.segments, **_cloned(self.segments), part=part)
+        part, packs = (
+            None if value is None else replace(value, **_cloned(value))
+            for value in (self.segments.part, self.segments.packs)
+        )
+        segments = replace(self.segments, **_cloned(self.segments), part=part, packs=packs)
         return MicroBatch(self.input_ids.clone(), self.labels.clone(), self.position_ids.clone(), segments)
 
 
-def _cloned(value: Segments | Part) -> dict[str, torch.Tensor]:
+def _cloned(value: Segments | Part | Packs) -> dict[str, torch.Tensor]:
     return {name: field.clone() for name, field in vars(value).items() if isinstance(field, torch.Tensor)}
 
 

@@ -33,7 +33,10 @@ def by_documents(model_dir, dataset, dtype, attention="sdpa"):
             start += slot
     targets = sum(int(mask.sum()) for _, mask in documents)
     # Loaded in float32: tables of rotary frequencies are to be computed so.
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
+    options = {"attn_implementation": attention}
+    if hf.read_config(model_dir).moe is not None:
+        options["experts_implementation"] = "eager"  # the only one that runs in float64
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, **options)
     model.to(dtype)
     with KeepDouble() if dtype == torch.float64 else nullcontext():
         total, gradients = run_by_documents(model, documents)

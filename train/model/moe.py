@@ -105,7 +105,7 @@ class _Combine(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(y_RD, weights_TK, order_R, place_TK, padding_T1)
         y_TKD = y_RD.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape)
-        return torch.bmm(weights_TK[:, None], y_TKD)[:, 0].masked_fill_(padding_T1, 0.0)
+        return torch.bmm(weights_TK[:, None], y_TKD)[:, 0].masked_fill(padding_T1, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

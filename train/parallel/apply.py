@@ -5,6 +5,7 @@ from train.mesh import Mesh
 from train.model.decoder import Decoder
 from train.parallel.compiling import apply_compile
 from train.parallel.cp import apply_cp
+from train.parallel.ep import apply_ep
 from train.parallel.fsdp import apply_fsdp
 from train.parallel.pipeline import Pipeline
 from train.parallel.pp import cut_stages
@@ -19,7 +20,7 @@ def parallelize(model: Decoder, mesh: Mesh, config: Config) -> Decoder | Pipelin
     1. pp: cuts the model into stages; everything after works on this rank's stages, one by one.
     2. tp: replaces parameters by DTensors over tp, which FSDP must find when it shards them further. (not driven yet)
     3. cp: swaps how attention sees the sequence; no parameter changes.
-    4. ep: distributes the experts over their own mesh before FSDP takes the rest. (not driven yet)
+    4. ep: sets up the balancing of experts and distributes them over their own mesh, before FSDP takes the rest.
     5. recompute: wraps each block, so that what is compiled next includes the recomputation.
     6. compile: each wrapped block, before FSDP's hooks would break the graph.
     7. fsdp: last, so that it gathers and frees whatever parameters the steps above left on this rank.
@@ -33,6 +34,7 @@ def parallelize(model: Decoder, mesh: Mesh, config: Config) -> Decoder | Pipelin
 def _parallelize(model: Decoder, mesh: Mesh, config: Config) -> Decoder:
     if mesh.cp_size > 1:
         model = apply_cp(model, mesh, config)
+    model = apply_ep(model, mesh, config)
     if config.model.recompute != "none":
         model = apply_recompute(model, mesh, config)
     if config.model.compile:

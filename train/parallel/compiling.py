@@ -5,6 +5,7 @@ from torch import nn
 
 from train.config import Config
 from train.mesh import Mesh
+from train.model.moe import MixtureOfExperts
 
 LENGTHS = 16
 """Of how many values `max_seqlen` can be: powers of two from 128 tokens (`train.row`) to 4 million."""
@@ -25,7 +26,7 @@ def apply_compile(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     graphs = 2 * kinds * LENGTHS  # training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
     for block in model.layers.children():
-        block.forward = torch.compile(
-            block.forward, fullgraph=True, dynamic=False, backend=config.model.compile_backend
-        )
+        # How many rows an expert has follows from the data, so of a mixture's block only attention is compiled.
+        part = block.attention if isinstance(block.mlp, MixtureOfExperts) else block
+        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False, backend=config.model.compile_backend)
     return model

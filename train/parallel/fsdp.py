@@ -4,12 +4,16 @@ One communication group for each block, one for the rest at the root. Gradients 
 already divided by the step's global number of targets, so every layout gives the same gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from train.config import Config
 from train.mesh import Mesh
+from train.model.moe import MixtureOfExperts
 
 
 def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
@@ -35,6 +39,8 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     reshard = config.layout.reshard and mesh.pp_size == 1
     blocks = list(model.layers.children())
     for block in blocks:
+        if isinstance(block.mlp, MixtureOfExperts):
+            _shard_mixture(block.mlp, mesh, options, reshard=config.layout.reshard and block is not blocks[-1])
         # The last block is needed again at once: backward begins with it.
         fully_shard(block, reshard_after_forward=reshard and block is not blocks[-1], **options)
     tied = model.lm_head is not None and model.lm_head.weight is None
@@ -53,6 +59,32 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     if config.layout.prefetch:
         _prefetch(model, config.layout.prefetch)
     return model
+
+
+def _shard_mixture(mixture: MixtureOfExperts, mesh: Mesh, options: dict[str, Any], *, reshard: bool) -> None:
+    """Groups of their own inside a block: the experts, on their own mesh where there is one; and the router, whose
+    weights are not cast, for a token's choice hangs on the last bits of its scores."""
+    precision: MixedPrecisionPolicy = options["mp_policy"]
+    if precision.param_dtype is not None:
+        whole = MixedPrecisionPolicy(reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False)
+        fully_shard(mixture.router, reshard_after_forward=reshard, **(options | {"mp_policy": whole}))
+    if mesh.experts is None:
+        return
+    axes = ("dp_replicate", "ep_shard") if mesh.experts["dp_replicate"].size() > 1 else "ep_shard"
+    ranks = mesh.experts["ep_shard"].size()
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        # Whole experts where they go round, which gathering need not interleave, else rows of each.
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        whole = ranks > 1 and len(held) % ranks == 0
+        return Shard(1) if not whole and held.shape[1] % ranks == 0 else None
+
+    fully_shard(
+        mixture.experts,
+        reshard_after_forward=reshard,
+        shard_placement_fn=placement,
+        **(options | {"mesh": mesh.experts[axes]}),
+    )
 
 
 def _prefetch(model: nn.Module, ahead: int) -> None:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from train.attention.choose import BACKENDS
 from train.config import Config
 from train.mesh import Mesh
+from train.model.experts import GROUPED_LINEAR
 
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 """Every matrix product that a block may contain, by its name among torch's operators."""
@@ -36,7 +37,9 @@ def apply_recompute(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
 
 def _costly() -> frozenset:
     overloads = [op.default for name in MATMULS if (op := getattr(torch.ops.aten, name, None)) is not None]
-    return frozenset([*overloads, *(backend.op._opoverload for backend in BACKENDS.values())])
+    return frozenset(
+        [*overloads, GROUPED_LINEAR._opoverload, *(backend.op._opoverload for backend in BACKENDS.values())]
+    )
 
 
 COSTLY = _costly()

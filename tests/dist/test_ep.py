@@ -1,0 +1,234 @@
+"""Expert parallelism: loss, every gradient and the load of every expert are the same on every mesh, with the auxiliary
+losses in them; without these losses they are those of transformers, document by document."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from parity import LIMIT, by_documents, packed_steps
+from reference import distance
+from torch.distributed.tensor import DTensor
+
+from formats.dataset import PackedDataset
+from make_shards import make_shards, random_packs
+from ranks import run_ranks
+from train import hf
+from train.balance import take_load
+from train.config import Config, Data, Layout, Model, Router
+from train.cut import choose_cut
+from train.data import PackedLoader, Schedule, open_shards
+from train.mesh import build_mesh
+from train.model.decoder import Decoder
+from train.parallel.apply import parallelize
+from train.step import LOSS_AXES, accumulate_gradients, sum_over
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 0,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 20,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12, "sliding_window": 9, "swiglu_limit": 1.0},
+    ),
+}
+# (capacity, align, packed for cp): uneven, and aligned for a zigzag cut.
+SHARDS = {"packed for 1": (199, 1, 1), "packed for 2": (200, 4, 2)}
+BALANCED = Router(router_aux_loss=0.3, router_z_loss=0.02)
+
+
+def write_model(folder, family):
+    import transformers
+
+    name, options = FAMILIES[family]
+    config = getattr(transformers, name)(**(SIZES | options))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ep")
+    made = {family: write_model(folder / family, family) for family in FAMILIES}
+    for name, (capacity, align, cp) in SHARDS.items():
+        rows = random_packs(np.random.default_rng(4), 5, capacity, align, 320)
+        made[name] = make_shards(folder / name, rows, capacity=capacity, align=align, cp=cp)
+    return made
+
+
+def step(model_dir, shards, config, dtype):
+    """(loss, gradients by name, load) of one step over all packs, equal on all ranks."""
+    device = torch.device("cpu")
+    mesh = build_mesh(config.layout, device)
+    dataset = open_shards(shards, 320)
+    with torch.device("meta"):
+        model = Decoder(hf.read_config(model_dir)).to(dtype)
+    model = parallelize(model, mesh, config)
+    model.to_empty(device=device)
+    hf.load_weights(model, model_dir)
+    schedule = Schedule(len(dataset), "shuffle", 0, 1, config.data.batch_packs, config.data.micro_packs)
+    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest)
+    loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device, cut=cut)
+    facts = loader.next_step()
+    share = accumulate_gradients(model, loader.rows(), loader.row_count, facts.target_tokens)
+    loss = sum_over(mesh, share, LOSS_AXES).item()
+    loader.close()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return loss, gradients, take_load(model, model.config, facts.tokens)
+
+
+def compare_steps(cases):
+    """[(loss, worst distance, its parameter, load)] of `step` on every case, against its file of gradients."""
+    results = []
+    for *case, wanted in cases:
+        loss, gradients, load = step(*case)
+        errors = {name: distance(gradients[name], value) for name, value in torch.load(wanted).items()}
+        worst = max(errors, key=errors.get)
+        results.append((loss, errors[worst], worst, load))
+    return results
+
+
+def write_steps(cases):
+    """Run `step` on one rank; writes its gradients and returns (loss, load)."""
+    results = []
+    for *case, path in cases:
+        loss, gradients, load = step(*case)
+        torch.save(gradients, path)
+        results.append((loss, load))
+    return results
+
+
+def case(ep, *, family="deepseek_v3", shards="packed for 1", dtype=torch.float64, micro=1, recompute="none", **layout):
+    config = Config(
+        data=Data(batch_packs=6, micro_packs=micro),
+        model=Model(recompute=recompute),
+        layout=Layout(ep=ep, **layout),
+        router=BALANCED,
+    )
+    return config, shards, family, dtype
+
+
+CASES = {
+    2: [
+        case(2),
+        case(2, dtype=torch.float32),
+        case(2, family="qwen2_moe", micro=2),
+        case(2, family="gpt_oss", recompute="full"),
+        case(2, cp=2),
+        case(2, cp=2, cp_method="needed", family="gpt_oss"),
+        case(2, cp=2, cp_method="ulysses", shards="packed for 2"),
+        case(1, cp=2, shards="packed for 2", micro=2, recompute="selective"),
+    ],
+    4: [
+        case(4),
+        case(4, dtype=torch.float32, family="mixtral"),
+        case(2),
+        case(2, dp_replicate=2, family="qwen2_moe"),
+        case(4, cp=2, shards="packed for 2", micro=3, recompute="full"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def alone(places, tmp_path_factory):
+    """(model, shards, dtype) → (loss, load, file of the gradients) of one process, one pack a row."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    @functools.cache
+    def compute(family, shards, dtype):
+        path = folder / f"{family}-{shards}-{dtype}.pt"
+        config = Config(data=Data(batch_packs=6), router=BALANCED)
+        (result,) = run_ranks(write_steps, 1, [(places[family], places[shards], config, dtype, path)])
+        return *result[0], path
+
+    return compute
+
+
+def check_equal(world, cases, places, alone):
+    arguments = [
+        (places[family], places[shards], config, dtype, alone(family, shards, dtype)[2])
+        for config, shards, family, dtype in cases
+    ]
+    for (config, shards, family, dtype), *ranks in zip(
+        cases, *run_ranks(compare_steps, world, arguments, timeout=280), strict=True
+    ):
+        where = f"{config.layout} {config.data} {config.model.recompute} {shards} {family} {dtype}"
+        wanted_loss, wanted_load, _ = alone(family, shards, dtype)
+        for loss, error, parameter, load in ranks:
+            assert loss == pytest.approx(wanted_loss, rel=LIMIT[dtype]), where
+            assert error <= LIMIT[dtype], f"{parameter}: {where}"
+            assert torch.equal(load.tokens, wanted_load.tokens), where
+            assert load.dropped == 0
+            assert load.aux_loss == pytest.approx(wanted_load.aux_loss, rel=LIMIT[dtype]), where
+            assert load.z_loss == pytest.approx(wanted_load.z_loss, rel=LIMIT[dtype]), where
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_loss_gradients_and_load_equal_one_process(world, places, alone):
+    check_equal(world, CASES[world], places, alone)
+
+
+def test_without_auxiliary_losses_they_are_those_of_the_documents(places, tmp_path):
+    """One process too: it is the reference of all others."""
+    cases, wanted = [], []
+    for family, dtype in itertools.product(("qwen2_moe", "gpt_oss"), LIMIT):
+        attention = "eager" if family == "gpt_oss" else "sdpa"
+        loss, gradients = by_documents(places[family], PackedDataset(places["packed for 2"]), dtype, attention)
+        path = tmp_path / f"{family}-{dtype}.pt"
+        torch.save(gradients, path)
+        config = Config(data=Data(batch_packs=6), layout=Layout(ep=2))
+        cases.append((places[family], places["packed for 2"], config, dtype, path))
+        wanted.append((loss, dtype))
+    for (loss, dtype), *ranks in zip(wanted, *run_ranks(packed_steps, 2, cases), strict=True):
+        for measured, error, parameter in ranks:
+            assert measured == pytest.approx(loss, rel=LIMIT[dtype])
+            assert error <= LIMIT[dtype], parameter
