@@ -88,7 +88,8 @@ class Layout:
     cp: int = _flag(1, "context-parallel ranks")
     cp_method: str = _flag(
         "gather",
-        "what context-parallel ranks exchange: all keys and values, those that are needed, or heads for tokens",
+        "what context-parallel ranks exchange: all keys and values at once, those that are needed at once or in steps "
+        "(ring), or heads for tokens",
         ("gather", "needed", "ring", "ulysses"),
     )
     tp: int = _flag(1, "tensor-parallel ranks")
@@ -211,12 +212,7 @@ COMBINATIONS = (
     Combination("context parallelism, all keys gathered", {"cp": 2}, "tests/dist/test_cp.py"),
     Combination("context parallelism, needed keys only", {"cp": 2, "cp_method": "needed"}, "tests/dist/test_cp.py"),
     Combination("context parallelism, heads for tokens", {"cp": 2, "cp_method": "ulysses"}, "tests/dist/test_cp.py"),
-    Combination(
-        "context parallelism, ring",
-        {"cp": 2, "cp_method": "ring"},
-        "--cp-method ring is not driven yet: take gather, or needed, which sends less for packs of short documents",
-        lambda c: c.layout.cp_method == "ring",
-    ),
+    Combination("context parallelism, ring", {"cp": 2, "cp_method": "ring"}, "tests/dist/test_cp.py"),
     Combination(
         "tensor parallelism",
         {"tp": 2},

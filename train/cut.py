@@ -2,19 +2,22 @@
 
 *Contiguous*: rank r holds the r-th of cp equal runs of the row, wherever documents begin and end; any shards can be cut
 so. *Zigzag*: every slot is cut into 2·cp chunks and rank r holds chunks r and 2·cp−1−r of each, which gives every rank
-the same attention work; it needs slots aligned to 2·cp.
+the same attention work; it needs slots aligned to 2·cp. *Mixed*: long slots zigzag, the rest of the row contiguous
+(`train.pieces`); it needs the same alignment.
 
 Labels and positions are made on the whole row before it is cut, so that a label may stand on another rank than its
 token.
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from formats.layout import contiguous_slice, cu_seqlens, zigzag_indices
+from formats.layout import contiguous_slice, cu_seqlens, slot_alignment, zigzag_indices
 from formats.manifest import Manifest
+from train.pieces import Pieces
 
 PER_TOKEN = ("input_ids", "labels", "position_ids")
 
@@ -25,12 +28,17 @@ class Cut:
 
     size: int = 1
     rank: int = 0
-    zigzag: bool = False
+    kind: Literal["contiguous", "zigzag", "mixed"] = "contiguous"
+
+    @property
+    def align(self) -> int:
+        """What every slot must be a multiple of."""
+        return 1 if self.kind == "contiguous" else slot_alignment(self.size)
 
     @property
     def multiple(self) -> int:
         """What the length of a row must be a multiple of."""
-        return 2 * self.size if self.zigzag else self.size
+        return max(self.size, self.align)
 
     def buffers(self, row: dict[str, torch.Tensor], *, pinned: bool) -> dict[str, torch.Tensor]:
         """Tensors for this rank's part of a row that lies in the buffers `row`, to be completed by `fill`.
@@ -43,36 +51,51 @@ class Cut:
             return torch.empty(length, dtype=dtype, pin_memory=pinned)
 
         tokens, ends = len(row["input_ids"]), len(row["cu_seqlens"])
-        if not self.zigzag:
+        if self.kind == "contiguous":
             held = contiguous_slice(tokens, self.size, self.rank)
             part = {name: row[name][held] for name in PER_TOKEN}
             return part | {"cu_seqlens": empty(ends), "row_cu_seqlens": row["cu_seqlens"]}
         part = {name: empty(tokens // self.size, row[name].dtype) for name in PER_TOKEN}
+        if self.kind == "mixed":
+            return part | {"cu_seqlens": empty(ends), "row_cu_seqlens": row["cu_seqlens"]}
         part |= {"cu_seqlens": empty(2 * ends - 1), "row_cu_seqlens": row["cu_seqlens"]}
         keys = tokens // (2 * self.size) * (2 * self.size + 1)
         return part | {"cu_seqlens_k": empty(2 * ends - 1), "key_rows": empty(keys)}
 
-    def fill(self, row: dict[str, np.ndarray], part: dict[str, np.ndarray]) -> tuple[int, ...]:
-        """Complete this rank's `part` of a filled `row` (arrays over the same buffers); returns `Part.first_keys`."""
-        if self.zigzag:
+    def fill(self, row: dict[str, np.ndarray], part: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Complete this rank's `part` of a filled `row` (arrays over the same buffers); returns the fields of
+        `train.attention.interface.Part` that the host keeps."""
+        if self.kind == "zigzag":
             _fill_zigzag(row, part, self.size, self.rank)
-            return ()
+            return {}
+        if self.kind == "mixed":
+            pieces = Pieces.of(row["cu_seqlens"], self.size)
+            positions = pieces.positions(self.rank)
+            for name in PER_TOKEN:
+                np.take(row[name], positions, out=part[name], mode="clip")
+            part["cu_seqlens"][:] = cu_seqlens(pieces.held[self.rank])
+            return {"pieces": pieces}
         ends, tokens = row["cu_seqlens"], len(row["input_ids"])
         held = contiguous_slice(tokens, self.size, self.rank)
         np.clip(ends, held.start, held.stop, out=part["cu_seqlens"])
         part["cu_seqlens"] -= held.start
         begins = np.arange(self.size) * (tokens // self.size)
-        return tuple(ends[np.searchsorted(ends, begins, side="right") - 1].tolist())
+        return {"first_keys": tuple(ends[np.searchsorted(ends, begins, side="right") - 1].tolist())}
 
 
 WHOLE = Cut()
 
 
 def choose_cut(method: str, size: int, rank: int, manifest: Manifest) -> Cut:
-    """The cut for the context-parallel `method` over shards of this manifest: zigzag where the method can use it and
-    every slot is aligned to it, else contiguous."""
-    aligned = manifest.align % (2 * size) == 0 and manifest.capacity % (2 * size) == 0
-    return Cut(size, rank, zigzag=size > 1 and method == "gather" and aligned)
+    """The cut for the context-parallel `method` over shards of this manifest: mixed for a ring (whose slots are re-laid
+    where they are not aligned), zigzag where all keys are gathered and every slot is aligned to it, else contiguous."""
+    if size == 1:
+        return WHOLE
+    if method == "ring":
+        return Cut(size, rank, "mixed")
+    zigzag = Cut(size, rank, "zigzag")
+    aligned = manifest.align % zigzag.align == 0 and manifest.capacity % zigzag.align == 0
+    return zigzag if method == "gather" and aligned else Cut(size, rank)
 
 
 def _fill_zigzag(row: dict[str, np.ndarray], part: dict[str, np.ndarray], size: int, rank: int) -> None:

@@ -111,7 +111,7 @@ def train(config: Config) -> None:
         f"{dist.get_world_size()} ranks on {device.type}: {mesh}; "
         f"{parameter_count(model, mesh):,} parameters in {config.model.dtype}; "
         f"attention {attention.name}"
-        + f" with {config.layout.cp_method} over cp, {'zigzag' if cut.zigzag else 'contiguous'}"
+        + f" with {config.layout.cp_method} over cp, {cut.kind}"
         * (mesh.cp_size > 1)
         + f"; {len(dataset):,} packs of {manifest.capacity:,}, "
         f"{steps:,} steps of {config.data.batch_packs} packs"

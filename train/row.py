@@ -111,7 +111,7 @@ class Row:
         manifest, index = dataset.manifest, dataset.index
         self._dataset, self._capacity, self._pad_id = dataset, manifest.capacity, manifest.pad_id
         self._align, self._digests, self._longest = manifest.align, index.xxh3, index.max_seqlen
-        self._cut, self._first_keys = cut, ()
+        self._cut, self._host_facts = cut, {}
         tokens = align_up(micro_packs * manifest.capacity, cut.multiple)
         self._longest_tail = max(1, TAIL_SEGMENT // cut.multiple) * cut.multiple  # padding is cut as documents are
         # A static number of segments, so that shapes never change: the most of any pack, for every pack of the row.
@@ -171,7 +171,7 @@ class Row:
         aligned = int(align_up(np.int64(longest), self._align))
         self._max_seqlen = min(tokens, 1 << (aligned - 1).bit_length())
         if self._cut.size > 1:
-            self._first_keys = self._cut.fill(arrays, self._part)
+            self._host_facts = self._cut.fill(arrays, self._part)
 
     def to(self, device: torch.device, step_tokens: int) -> MicroBatch:
         """The row on `device`: the buffers themselves on CPU, copies in flight on CUDA. `step_tokens` are the real
@@ -184,7 +184,7 @@ class Row:
         packs = Packs(tensors["seq_lens"], self._micro_packs, self._capacity, step_tokens)
         segments = Segments(tensors["cu_seqlens"], self._max_seqlen, packs=packs)
         if self._cut.size > 1:
-            keys = tensors.get("cu_seqlens_k"), tensors.get("key_rows")
-            part = Part(tensors["row_cu_seqlens"], self._max_seqlen, self._first_keys, *keys)
+            keys = {name: tensors.get(name) for name in ("cu_seqlens_k", "key_rows")}
+            part = Part(tensors["row_cu_seqlens"], self._max_seqlen, **keys, **self._host_facts)
             segments = replace(segments, max_seqlen=min(self._max_seqlen, len(tensors["input_ids"])), part=part)
         return MicroBatch(tensors["input_ids"], tensors["labels"], tensors["position_ids"], segments)

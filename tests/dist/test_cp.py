@@ -19,7 +19,7 @@ from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.parallel.apply import parallelize
 
-METHODS = ("gather", "needed", "ulysses")
+METHODS = ("gather", "needed", "ring", "ulysses")
 SIZES = {
     "vocab_size": 320,
     "hidden_size": 48,

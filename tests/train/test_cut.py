@@ -13,18 +13,18 @@ CPU = torch.device("cpu")
 
 
 def cut_row(cut, lengths):
-    """(part, first keys) of a row of such segments whose ids are 0, 1, 2 …, labels 100 more, positions 200 more."""
+    """(part, host's facts) of a row of such segments whose ids are 0, 1, 2 …, labels 100 more, positions 200 more."""
     tokens = sum(lengths)
     ends = [*cu_seqlens(np.array(lengths)), tokens, tokens]  # padded, as the loader pads them
     row = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32), "input_ids": torch.arange(tokens, dtype=torch.int32)}
     row |= {"labels": 100 + torch.arange(tokens), "position_ids": 200 + row["input_ids"]}
     part = cut.buffers(row, pinned=False)
-    first_keys = cut.fill(*({name: x.numpy() for name, x in tensors.items()} for tensors in (row, part)))
-    return {name: x.tolist() for name, x in part.items()}, first_keys
+    facts = cut.fill(*({name: x.numpy() for name, x in tensors.items()} for tensors in (row, part)))
+    return {name: x.tolist() for name, x in part.items()}, facts
 
 
 def test_a_contiguous_part_begins_and_ends_inside_documents():
-    part, first_keys = cut_row(Cut(3, 1), [3, 5, 1, 3])
+    part, facts = cut_row(Cut(3, 1), [3, 5, 1, 3])
     assert part == {
         "input_ids": [4, 5, 6, 7],
         "labels": [104, 105, 106, 107],
@@ -32,11 +32,11 @@ def test_a_contiguous_part_begins_and_ends_inside_documents():
         "cu_seqlens": [0, 0, 4, 4, 4, 4, 4],
         "row_cu_seqlens": [0, 3, 8, 9, 12, 12, 12],
     }
-    assert first_keys == (0, 3, 8), "part 2 begins with a document"
+    assert facts == {"first_keys": (0, 3, 8)}, "part 2 begins with a document"
 
 
 def test_a_zigzag_part_has_two_chunks_of_every_document_and_their_keys_from_its_start():
-    part, first_keys = cut_row(Cut(2, 1, zigzag=True), [4, 8])
+    part, facts = cut_row(Cut(2, 1, "zigzag"), [4, 8])
     assert part == {
         "input_ids": [1, 2, 6, 7, 8, 9],
         "labels": [101, 102, 106, 107, 108, 109],
@@ -47,19 +47,19 @@ def test_a_zigzag_part_has_two_chunks_of_every_document_and_their_keys_from_its_
         # The ranks hold 0 3 4 5 10 11 | 1 2 6 7 8 9, so token 1 is row 6, token 4 is row 2, …
         "key_rows": [*[0, 6], *[0, 6, 7], *[2, 3, 8, 9], *[2, 3, 8, 9, 10, 11]],
     }
-    assert first_keys == ()
+    assert facts == {}
 
 
-@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "mixed"])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_parts_of_all_ranks_are_the_row(size, zigzag):
+def test_the_parts_of_all_ranks_are_the_row(size, kind):
     lengths = [8, 16, 40, 8, 24]
-    parts = [cut_row(Cut(size, r, zigzag), lengths)[0] for r in range(size)]
+    parts = [cut_row(Cut(size, r, kind), lengths)[0] for r in range(size)]
     assert sorted(i for part in parts for i in part["input_ids"]) == list(range(96))
     for part in parts:
         assert part["labels"] == [i + 100 for i in part["input_ids"]]
         ends = part["cu_seqlens"]
-        per_document = 2 if zigzag else 1
+        per_document = 2 if kind == "zigzag" else 1
         for s in range(len(ends) - 1):
             whole = range(sum(lengths[: s // per_document]), sum(lengths[: s // per_document + 1]))
             assert set(part["input_ids"][ends[s] : ends[s + 1]]) <= set(whole)
@@ -68,8 +68,8 @@ def test_the_parts_of_all_ranks_are_the_row(size, zigzag):
 def test_zigzag_only_where_the_method_takes_it_and_slots_are_aligned(tmp_path):
     rows = random_packs(np.random.default_rng(0), 2, 96, 8, 320)
     manifest = open_shards(make_shards(tmp_path, rows, capacity=96, align=8, cp=4)).manifest
-    assert choose_cut("gather", 4, 1, manifest) == Cut(4, 1, zigzag=True)
-    assert choose_cut("gather", 2, 0, manifest) == Cut(2, 0, zigzag=True)
+    assert choose_cut("gather", 4, 1, manifest) == Cut(4, 1, "zigzag")
+    assert choose_cut("gather", 2, 0, manifest) == Cut(2, 0, "zigzag")
     assert choose_cut("gather", 8, 0, manifest) == Cut(8, 0)
     assert choose_cut("needed", 4, 0, manifest) == Cut(4, 0)
     assert choose_cut("gather", 1, 0, manifest) == Cut()

@@ -30,19 +30,20 @@ def forward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See `train.attention.interface.Backend`. Rows that belong to no document are 0, with log-sum-exp −inf."""
     accumulate = torch.promote_types(q_TNH.dtype, torch.float32)
     out_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
     lse_NT = q_TNH.new_full((q_TNH.shape[1], q_TNH.shape[0]), -torch.inf, dtype=accumulate)
     for queries, keys, is_square in _documents(cu_seqlens_q, cu_seqlens_k):
-        if is_square and window is None and softcap is None:
+        if (is_square or not causal) and window is None and softcap is None:
             q, k, v = (_batched(x) for x in (q_TNH[queries], k_UKH[keys], v_UKH[keys]))
-            out, lse = _flash(q, k, v, 0.0, True, scale=scale)
+            out, lse = _flash(q, k, v, 0.0, causal, scale=scale)
             out_TNH[queries] = out[0].transpose(0, 1)
             lse_NT[:, queries] = lse[0]
             continue
-        for rows, columns, visible in _blocks(queries, keys, window):
+        for rows, columns, visible in _blocks(queries, keys, window, causal):
             scores = _scores(q_TNH[rows], k_UKH[columns], scale, softcap)[0].masked_fill_(~visible, -torch.inf)
             lse = scores.logsumexp(-1)
             # a query without any visible key: exp(−inf − 0) = 0 instead of exp(−inf + inf) = nan
@@ -66,21 +67,22 @@ def backward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from the saved output and log-sum-exp (the recomputation of FlashAttention-2)."""
     accumulate = lse_NT.dtype
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_TNH, k_UKH, v_UKH))
     for queries, keys, is_square in _documents(cu_seqlens_q, cu_seqlens_k):
-        if is_square and window is None and softcap is None:
+        if (is_square or not causal) and window is None and softcap is None:
             of_queries = [_batched(x[queries]) for x in (grad_out_TNH, q_TNH, out_TNH)]
             grad_out, q, out = of_queries
             k, v = _batched(k_UKH[keys]), _batched(v_UKH[keys])
             lse = lse_NT[:, queries].t().contiguous().t()[None]  # the layout in which the kernel returns it
-            grads = _flash_backward(grad_out, q, k, v, out, lse, 0.0, True, scale=scale)
+            grads = _flash_backward(grad_out, q, k, v, out, lse, 0.0, causal, scale=scale)
             for target, rows, grad in zip((grad_q, grad_k, grad_v), (queries, keys, keys), grads, strict=True):
                 target[rows] = grad[0].transpose(0, 1)
             continue
-        for rows, columns, visible in _blocks(queries, keys, window):
+        for rows, columns, visible in _blocks(queries, keys, window, causal):
             scores, slope = _scores(q_TNH[rows], k_UKH[columns], scale, softcap)
             kv_heads = k_UKH.shape[1]
             lse = lse_NT[:, rows].unflatten(0, (kv_heads, -1))
@@ -106,15 +108,18 @@ def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[sli
             yield queries, keys, queries.stop - queries.start == keys.stop - keys.start
 
 
-def _blocks(queries: slice, keys: slice, window: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(queries: slice, keys: slice, window: int | None, causal: bool) -> Iterator[tuple[slice, slice, Tensor]]:
     """Cut a document into blocks of queries, each with the keys it can see and its mask [rows, columns]."""
     shift = keys.stop - queries.stop  # bottom-right: query row t stands at key row t + shift
     for start in range(queries.start, queries.stop, BLOCK):
         stop = min(start + BLOCK, queries.stop)
         first = keys.start if window is None else max(keys.start, start + shift - window + 1)
-        last = max(keys.start + 1, stop + shift)  # at least one column, masked, when nothing is visible
+        # At least one column, masked, when nothing is visible.
+        last = max(keys.start + 1, stop + shift) if causal else keys.stop
         distance = torch.arange(start, stop)[:, None] + shift - torch.arange(first, last)
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            visible &= distance < window
         yield slice(start, stop), slice(first, last), visible
 
 
@@ -152,6 +157,7 @@ def _sum_group(x: Tensor) -> Tensor:
 CPU = Backend(
     name="cpu",
     op=as_op("attention_cpu", forward, backward),
+    forward=forward,
     backward=backward,
     devices=("cpu",),
     dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from train.packs import Packs, TokenPacks
+from train.pieces import Pieces
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Part:
     `row_cu_seqlens` int32[S+1] and `row_max_seqlen` are those of the whole row. `first_keys[r]` says where on the row
     the document begins that rank r's contiguous part begins in. Where the cut is zigzag, the keys of segment s are
     `key_rows[cu_seqlens_k[s]:cu_seqlens_k[s+1]]`, int32 row numbers among the tokens of all ranks, rank after rank.
+    Where it is mixed, `pieces` says which rank holds what, and segment s is what this rank holds of document s.
     """
 
     row_cu_seqlens: Tensor
@@ -70,6 +72,7 @@ class Part:
     first_keys: tuple[int, ...] = ()
     cu_seqlens_k: Tensor | None = None
     key_rows: Tensor | None = None
+    pieces: Pieces | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,14 @@ class Backend:
 
     `op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, window, softcap, sinks)` returns `out_TNH` and
     `lse_NT`, the sinks [N] (floating point, any type) included; it has gradients for q, k, v and sinks.
-    `backward(grad_out, q, k, v, out, lse, …the same seven)` returns the gradients of q, k and v.
+    `forward(q, k, v, …the same seven, causal=True)` is the kernel under it: without sinks, gradients and tracing, and
+    able to leave the causal mask away (not together with a window), as ring attention needs it for keys that lie before
+    all queries. `backward(grad_out, q, k, v, out, lse, …the same seven, causal=True)` returns the gradients of q, k, v.
     """
 
     name: str
     op: Callable[..., tuple[Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]

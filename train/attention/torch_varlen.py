@@ -22,6 +22,7 @@ def forward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See `train.attention.interface.Backend`."""
     assert softcap is None  # `choose` refuses such a model
@@ -34,7 +35,7 @@ def forward(
         max_q,
         max_k,
         0.0,  # dropout
-        window is None,  # is_causal; with a window its right end 0 says the same
+        causal and window is None,  # with a window its right end 0 says the same
         False,  # return_debug_mask
         scale=scale,
         **_window_bounds(window),
@@ -56,6 +57,7 @@ def backward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; `lse_NT` and `out_TNH` may come from a merge over several key blocks."""
     assert softcap is None
@@ -73,7 +75,7 @@ def backward(
         max_q,
         max_k,
         0.0,
-        window is None,
+        causal and window is None,
         no_dropout_seed,
         unused,
         scale=scale,
@@ -89,6 +91,7 @@ def _window_bounds(window: int | None) -> dict[str, int]:
 TORCH = Backend(
     name="torch",
     op=as_op("attention_torch", forward, backward),
+    forward=forward,
     backward=backward,
     devices=("cuda",),
     dtypes=(torch.bfloat16, torch.float16),

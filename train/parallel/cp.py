@@ -1,8 +1,8 @@
 """Context parallelism: a rank holds a part of every row (`train.cut`) and sees the keys before it on other ranks.
 
 Only `block.attention.core` is replaced: all else in a decoder works on single tokens. Positions and labels were made on
-the whole row before it was cut, and the loss is a sum over tokens, so the ranks' shares only add up. Three ways, each
-with one exchange a layer and the same one back in backward:
+the whole row before it was cut, and the loss is a sum over tokens, so the ranks' shares only add up. Four ways, three
+of them with one exchange a layer and the same one back in backward:
 
 gather  (default) every rank receives all keys and values of the row. Contiguous or zigzag.
 needed  a rank receives only the keys that the document its part begins in has on earlier ranks, or as many as the
@@ -10,21 +10,20 @@ needed  a rank receives only the keys that the document its part begins in has o
         `cu_seqlens`. Contiguous.
 ulysses heads are exchanged for tokens (DeepSpeed-Ulysses, arXiv 2309.14509): a rank attends over the whole row with
         1/cp of the heads; key/value heads are repeated where there are fewer than ranks. Contiguous.
+ring    keys come in steps, one rank's at a time (`train.parallel.ring`). Mixed.
 
 Shapes: T tokens of a rank, N query heads, K key/value heads, H head dimension, C ranks of the cp axis.
 """
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.attention.interface import Part, Segments
+from train.attention.interface import Segments
 from train.config import Config
 from train.mesh import Mesh
 from train.model.config import ModelConfig
-from train.model.decoder import AttentionCore
+from train.parallel.exchange import AllGather, AllToAll, Exchange, part_of
+from train.parallel.ring import RingAttention
 
 
 def apply_cp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
@@ -35,7 +34,12 @@ def apply_cp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     method, size = config.layout.cp_method, mesh.cp_size
     if method == "ulysses":
         check_heads(model.config, size)
-    exchange = {"gather": GatherAttention, "needed": NeededAttention, "ulysses": UlyssesAttention}[method]
+    exchange = {
+        "gather": GatherAttention,
+        "needed": NeededAttention,
+        "ring": RingAttention,
+        "ulysses": UlyssesAttention,
+    }[method]
     for block in model.layers.children():
         block.attention.core = exchange(block.attention.core, mesh.root.get_group("cp"), mesh.cp_rank, size)
     return model
@@ -47,24 +51,16 @@ def check_heads(config: ModelConfig, size: int) -> None:
     if heads % size or (kv_heads % size and size % kv_heads):
         raise ValueError(
             f"--cp-method ulysses cannot share out {heads} query and {kv_heads} key/value heads over --cp {size}; "
-            "take --cp-method gather or needed, or a --cp that divides the query heads and divides the key/value "
+            "take another --cp-method, or a --cp that divides the query heads and divides the key/value "
             "heads or is a multiple of them"
         )
 
 
-class _Exchange(nn.Module):
-    """An `AttentionCore` whose tokens lie on `size` ranks; this one is `rank` of `group`."""
-
-    def __init__(self, core: AttentionCore, group: dist.ProcessGroup, rank: int, size: int):
-        super().__init__()
-        self.core, self.group, self.rank, self.size = core, group, rank, size
-
-
-class GatherAttention(_Exchange):
+class GatherAttention(Exchange):
     def forward(
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, sinks_N: Tensor | None = None
     ) -> Tensor:
-        part = _part(segments)
+        part = part_of(segments)
         kv = AllGather.apply(torch.stack((k_TKH, v_TKH), dim=1), self.group)  # [C·T, 2, K, H]
         if part.key_rows is not None:
             kv, ends = kv.index_select(0, part.key_rows), part.cu_seqlens_k
@@ -76,11 +72,11 @@ class GatherAttention(_Exchange):
         return self.core(q_TNH, *kv.unbind(1), segments, Segments(ends, part.row_max_seqlen), sinks_N)
 
 
-class NeededAttention(_Exchange):
+class NeededAttention(Exchange):
     def forward(
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, sinks_N: Tensor | None = None
     ) -> Tensor:
-        part, tokens = _part(segments), len(q_TNH)
+        part, tokens = part_of(segments), len(q_TNH)
         counts = needed_counts(part.first_keys, tokens, self.core.window)
         own, kv = self.rank, torch.stack((k_TKH, v_TKH), dim=1)  # [T, 2, K, H]
         if any(map(any, counts)):
@@ -107,11 +103,11 @@ def needed_counts(first_keys: tuple[int, ...], tokens: int, window: int | None) 
     return counts
 
 
-class UlyssesAttention(_Exchange):
+class UlyssesAttention(Exchange):
     def forward(
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, sinks_N: Tensor | None = None
     ) -> Tensor:
-        part, tokens = _part(segments), len(q_TNH)
+        part, tokens = part_of(segments), len(q_TNH)
         if (copies := self.size // k_TKH.shape[1]) > 1:
             k_TKH, v_TKH = (x.repeat_interleave(copies, dim=1) for x in (k_TKH, v_TKH))
         # Each rank's share of the heads of all three in one exchange: [T, C, N/C + 2·K/C, H], then C before T.
@@ -127,47 +123,3 @@ class UlyssesAttention(_Exchange):
     def _swap(self, x: Tensor, tokens: int) -> Tensor:
         """[C·T, …] → [C·T, …]: run c of T rows goes to rank c."""
         return AllToAll.apply(x, [tokens] * self.size, [tokens] * self.size, self.group)
-
-
-def _part(segments: Segments) -> Part:
-    assert segments.part is not None, "the loader was not told of the cut"
-    return segments.part
-
-
-# torch 2.13 renamed both and warns at every call of the old names.
-_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-_reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
-
-
-class AllGather(torch.autograd.Function):
-    """Rows of all ranks, one rank after the other; backward sums each rank's rows over all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = x.new_empty((dist.get_world_size(group) * len(x), *x.shape[1:]))
-        _all_gather(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_empty((len(grad) // dist.get_world_size(ctx.group), *grad.shape[1:]))
-        _reduce_scatter(out, grad.contiguous(), group=ctx.group)
-        return out, None
-
-
-class AllToAll(torch.autograd.Function):
-    """Runs of `send[c]` rows go to rank c, runs of `receive[c]` come from it; backward sends them back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        out = x.new_empty((sum(receive), *x.shape[1:]))
-        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        out = grad.new_empty((sum(ctx.send), *grad.shape[1:]))
-        dist.all_to_all_single(out, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
-        return out, None, None, None
