@@ -30,6 +30,7 @@ from train.config import Config, parse
 from train.cut import choose_cut
 from train.data import PackedLoader, Schedule, open_shards
 from train.flops import StepFlops, peak_flops
+from train.lay import choose_lay
 from train.mesh import Mesh, build_mesh, pick_device, set_threads, start_process_group
 from train.metrics import Metrics, memory_bytes
 from train.mix import open_training
@@ -119,6 +120,8 @@ def train(config: Config) -> None:
     )
     if training.summary:
         metrics.say(f"mixture: {training.summary}")
+    if relaying := choose_lay(dataset, cut).summary(manifest.capacity, mesh.cp_size):
+        metrics.say(relaying)
 
     def evaluation(step: int) -> None:
         for folder, eval_dataset in eval_datasets.items():

@@ -20,6 +20,7 @@ from formats.shard import pack_digest
 from train.attention.interface import Part, Segments
 from train.cut import Cut
 from train.packs import Packs
+from train.lay import choose_lay, least_tokens
 
 TAIL_SEGMENT = 128
 """Longest segment of tail padding: attention costs the square of a segment."""
@@ -30,9 +31,10 @@ class MicroBatch:
     """One row of `micro_packs` packs, T = micro_packs · capacity: `input_ids`, `position_ids` int32[T], `labels`
     int64[T] (already shifted, −100 where not a target), and the segments that attention must keep apart.
 
-    Pack k of the row stands at k · capacity: its slots, then its tail padding in segments of its own. T is rounded up
-    to what can be cut, and a context-parallel rank gets its part of the row (`train.cut`). The tensors lie in buffers
-    of the loader and are valid until the next row is taken.
+    Pack k of the row stands at k · capacity: its slots (re-laid where the cut needs it, see `train.lay`, which then
+    makes the capacity larger), then its tail padding in segments of its own. T is rounded up to what can be cut, and a
+    context-parallel rank gets its part of the row (`train.cut`). The tensors lie in buffers of the loader and are valid
+    until the next row is taken.
     """
 
     input_ids: torch.Tensor
@@ -82,6 +84,53 @@ def _fill_pack(
         start += slot
         segments += 1
         cu_seqlens[segments] = first + start
+    return _fill_tail(start, first, capacity, longest_tail, row_positions, cu_seqlens, segments)
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill_pack_relaid(
+    ids,
+    mask,
+    lens,
+    slots,
+    align,
+    first,
+    capacity,
+    pad_id,
+    longest_tail,
+    out_ids,
+    out_labels,
+    out_positions,
+    cu_seqlens,
+    segments,
+):
+    """`_fill_pack`, with every document of `lens` real tokens moved from its slot into one of a multiple of `align`."""
+    row_ids, row_labels = out_ids[first : first + capacity], out_labels[first : first + capacity]
+    row_positions = out_positions[first : first + capacity]
+    source = start = 0
+    for length, slot in zip(lens, slots):  # noqa: B905 (numba knows no strict)
+        room = (length + align - 1) // align * align
+        row_ids[start : start + length] = ids[source : source + length]
+        row_ids[start + length : start + room] = pad_id
+        labels, next_ids = row_labels[start : start + room], ids[source + 1 : source + length]
+        next_mask, positions = mask[source + 1 : source + length], row_positions[start : start + room]
+        for t in range(length - 1):
+            labels[t] = next_ids[t] if next_mask[t] else IGNORE_INDEX
+        labels[length - 1 :] = IGNORE_INDEX
+        for t in range(room):
+            positions[t] = t
+        source += slot
+        start += room
+        segments += 1
+        cu_seqlens[segments] = first + start
+    row_ids[start:] = pad_id
+    row_labels[start:] = IGNORE_INDEX
+    return _fill_tail(start, first, capacity, longest_tail, row_positions, cu_seqlens, segments)
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill_tail(start, first, capacity, longest_tail, row_positions, cu_seqlens, segments):
+    """Positions and segments of the padding from `start` of a pack on; returns the number of segments."""
     while start < capacity:
         tail = min(longest_tail, capacity - start)
         positions = row_positions[start : start + tail]
@@ -109,16 +158,17 @@ class Row:
     ):
         self.pairs = dict.fromkeys(windows, 0)
         manifest, index = dataset.manifest, dataset.index
-        self._dataset, self._capacity, self._pad_id = dataset, manifest.capacity, manifest.pad_id
-        self._align, self._digests, self._longest = manifest.align, index.xxh3, index.max_seqlen
+        self._lay = choose_lay(dataset, cut)
+        capacity, align = self._lay.capacity, self._lay.align
+        self._dataset, self._capacity, self._pad_id = dataset, capacity, manifest.pad_id
+        self._digests, self._longest = index.xxh3, index.max_seqlen
         self._cut, self._host_facts = cut, {}
-        tokens = align_up(micro_packs * manifest.capacity, cut.multiple)
+        tokens = align_up(micro_packs * capacity, cut.multiple)
         self._longest_tail = max(1, TAIL_SEGMENT // cut.multiple) * cut.multiple  # padding is cut as documents are
         # A static number of segments, so that shapes never change: the most of any pack, for every pack of the row.
-        # Slots of align 1 have no padding; for others the index states the padded length.
-        tail = manifest.capacity - index.padded(manifest.align)
+        tail = capacity - least_tokens(index, align)
         most = int((index.documents + -(-tail // self._longest_tail)).max())
-        most = max(most, -(-manifest.capacity // self._longest_tail))
+        most = max(most, -(-capacity // self._longest_tail))
         self._most_segments = micro_packs * most + 1  # the last for the tokens that rounding adds
         row = {
             "input_ids": torch.empty(tokens, dtype=torch.int32, pin_memory=pinned),
@@ -126,7 +176,7 @@ class Row:
             "position_ids": torch.empty(tokens, dtype=torch.int32, pin_memory=pinned),
             "cu_seqlens": torch.empty(self._most_segments + 1, dtype=torch.int32, pin_memory=pinned),
         }
-        rest = tokens - micro_packs * manifest.capacity
+        rest = tokens - micro_packs * capacity
         row["input_ids"][tokens - rest :] = manifest.pad_id
         row["labels"][tokens - rest :] = IGNORE_INDEX
         row["position_ids"][tokens - rest :] = torch.arange(rest)
@@ -155,20 +205,25 @@ class Row:
         seq_lens[:] = 0  # in padding
         self.pairs = dict.fromkeys(self.pairs, 0)
         for k, number in enumerate(packs.tolist()):
-            ids, mask, slots = _NO_IDS, _NO_MASK, _NO_IDS
+            ids, mask, lens, slots = _NO_IDS, _NO_MASK, _NO_IDS, _NO_IDS
             if number != EMPTY:
                 pack = self._dataset[number]
                 if verify and pack_digest(pack) != self._digests[number]:
                     self._dataset.check(number)  # raises, naming shard and row
-                ids, mask, slots = pack.input_ids, pack.loss_mask, pack.seq_lens_padded
+                ids, mask, lens, slots = pack.input_ids, pack.loss_mask, pack.seq_lens, pack.seq_lens_padded
                 longest = max(longest, int(self._longest[number]))
                 seq_lens[segments : segments + len(pack.seq_lens)] = pack.seq_lens
                 for window in self.pairs:
                     self.pairs[window] += int(causal_pairs(pack.seq_lens, window).sum())
-            segments = _fill_pack(ids, mask, slots, k * capacity, capacity, *constants, *targets, segments)
+            where = k * capacity, capacity
+            if self._lay.relaid:
+                docs = lens, slots, self._lay.align
+                segments = _fill_pack_relaid(ids, mask, *docs, *where, *constants, *targets, segments)
+            else:
+                segments = _fill_pack(ids, mask, slots, *where, *constants, *targets, segments)
         tokens = len(arrays["input_ids"])
         cu_seqlens[segments + 1 :] = tokens
-        aligned = int(align_up(np.int64(longest), self._align))
+        aligned = int(align_up(np.int64(longest), self._lay.align))
         self._max_seqlen = min(tokens, 1 << (aligned - 1).bit_length())
         if self._cut.size > 1:
             self._host_facts = self._cut.fill(arrays, self._part)
