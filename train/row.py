@@ -19,8 +19,8 @@ from formats.schema import IGNORE_INDEX
 from formats.shard import pack_digest
 from train.attention.interface import Part, Segments
 from train.cut import Cut
-from train.packs import Packs
 from train.lay import choose_lay, least_tokens
+from train.packs import Packs
 
 TAIL_SEGMENT = 128
 """Longest segment of tail padding: attention costs the square of a segment."""
