@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from prep.encode.command import encode, options_of, sources_of
+from prep.encode.command import encode, options_of, sources_of, stoppable
 from prep.options import Size, as_json, echo_json
 
 
@@ -89,7 +89,7 @@ def pack(
         store = f"{out.rstrip('/')}.store" if "://" in out else None
         encoding = Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"], store)
     progress = Progress(quiet=quiet)
-    with destination(out, resume, progress) as folder:
+    with stoppable(out), destination(out, resume, progress) as folder:
         folders = pack_inputs(
             inputs,
             folder,

@@ -1,6 +1,7 @@
 """`prep pack` from end to end: inputs → store → split → plan → shards → index, ledger, manifest."""
 
 import json
+import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from formats.layout import align_up
 from formats.manifest import MANIFEST_NAME, Manifest, Source, fingerprint, read_manifest, write_manifest
 from formats.schema import BATCH_PACKS
 from formats.shard import TEMPORARY_SUFFIX, FileEntry, file_digest, write_json
+from prep.encode.command import progress_note
 from prep.encode.files import is_remote
 from prep.encode.options import EncodeOptions
 from prep.encode.run import write_store
@@ -128,11 +130,11 @@ def open_store(inputs, out, encoding, *, workers, resume, progress) -> DocumentS
     if encoding is None:
         raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
     place = encoding.store or str(store_path(out))
-    with progress.stage("encoding", "MB") as update:
+    with progress.stage("encoding", "units") as update:
+        begin = time.monotonic()
 
         def report(p) -> None:
-            note = f"{p.documents:,} documents, {p.tokens:,} tokens" + (f", {p.dropped:,} dropped" if p.dropped else "")
-            update(p.bytes_done // 10**6, p.bytes // 10**6, note)
+            update(p.units_done, p.units, progress_note(p, time.monotonic() - begin))
 
         # Bad input leaves no store behind, but for the rejected records where there are too many: they are kept.
         write_store(

@@ -66,6 +66,8 @@ def _lines(label: str, unit: str):
         if now - last >= PLAIN_SECONDS or done >= total:
             last = now
             text = f"{label}: {done:,}/{total:,} {unit}, {now - begin:.0f} s"
+            if 0 < done < total:
+                text += f", ETA {(now - begin) * (total - done) / done:.0f} s"
             print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
 
     yield update

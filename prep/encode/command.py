@@ -1,6 +1,9 @@
 """`prep encode`: parse, call, print."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -62,14 +65,12 @@ def encode(
     sources = sources_of(inputs, mix, columns, given)
     options = options_of(roles, given)
     with Progress(quiet=quiet).stage("encoding", "units") as update:
+        begin = time.monotonic()
 
         def report(p) -> None:
-            note = (
-                f"{p.bytes_done / 1e6:,.0f} of {p.bytes / 1e6:,.0f} MB, {p.documents:,} documents, {p.tokens:,} tokens"
-            )
-            update(p.units_done, p.units, note + (f", {p.dropped:,} dropped" if p.dropped else ""))
+            update(p.units_done, p.units, progress_note(p, time.monotonic() - begin))
 
-        try:
+        with stoppable(out):
             content = write_store(
                 sources,
                 out,
@@ -81,14 +82,30 @@ def encode(
                 ray_address=ray_address,
                 unit_range=_part(unit_range),
             )
-        except KeyboardInterrupt:
-            raise click.ClickException(f"stopped; what is finished is kept in {out}: go on with --resume") from None
     if as_json:
         echo_json(_summary(out, content, unit_range))
     elif not quiet and content is None:
         click.echo(f"{out}: part {unit_range} is done; run once more without --unit-range, with --resume, when all are")
     elif not quiet:
         _print_summary(out, content)
+
+
+@contextmanager
+def stoppable(out: str) -> Iterator[None]:
+    """Ctrl-C inside ends with one sentence that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.ClickException(f"stopped; what is finished is kept in {out}: go on with --resume") from None
+
+
+def progress_note(p, seconds: float) -> str:
+    """What stands behind the bar: how much is done, how fast, and what was left out."""
+    seconds = max(seconds, 1e-3)
+    note = f"{p.bytes_done / 1e6:,.0f} of {p.bytes / 1e6:,.0f} MB, {p.bytes_done / 1e6 / seconds:,.1f} MB/s"
+    note += f", {p.documents:,} documents, {p.tokens:,} tokens, {p.tokens / seconds:,.0f} tokens/s"
+    note += f", {p.dropped - p.rejected:,} dropped" if p.dropped > p.rejected else ""
+    return note + (f", {p.rejected:,} bad records skipped" if p.rejected else "")
 
 
 def sources_of(inputs: tuple, mix: str | None, columns: tuple[str, ...], given: dict) -> list:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from prep.encode import files
+
 
 class HubName(NamedTuple):
     """`hf:name[:config]#split`, taken apart."""
@@ -23,28 +25,40 @@ def parse(path: str) -> HubName:
     return HubName(name, config or None, split or "train")
 
 
-def _load(path: str):
+def _builder(path: str):
+    """The `datasets` builder of an address."""
     try:
         import datasets  # a second to import, and only these sources need it
     except ImportError:
         raise ValueError(f"{path}: needs the package datasets; pip install datasets") from None
     name = parse(path)
     try:
-        return datasets.load_dataset(name.name, name.config, split=name.split, streaming=True)
+        return datasets.load_dataset_builder(name.name, name.config)
     except Exception as error:  # anything may come out of there, and none of it is a bug of ours
         raise ValueError(f"{path}: datasets cannot open it ({error})") from None
 
 
 def describe(path: str) -> tuple[int, str]:
-    """(bytes, hash) of a dataset: what `datasets` knows of its size, and a hash over its rows, read once."""
+    """(bytes, hash) of a split: of the files that make it up, whose rows are not read.
+
+    A file of this machine is hashed; one of the hub is named by its address and revision, which stand for its bytes.
+    """
+    builder, split = _builder(path), parse(path).split
+    splits = builder.config.data_files or {}
+    if split not in splits:
+        known = ", ".join(map(str, splits)) or "none that is made of files"
+        raise ValueError(f"{path}: no split {split!r}; name one as hf:NAME#SPLIT, of {known}")
     digest, size = xxhash.xxh3_128(), 0
-    for _, record in read_hub(path, 0):
-        row = repr(sorted(record.items())).encode()
-        digest.update(row)
-        size += len(row)
+    for file, origin in zip(splits[split], splits[split].origin_metadata, strict=True):
+        size += files.file_size(file)
+        digest.update((repr((file, origin)) if files.is_remote(file) else files.file_hash(file)).encode())
     return size, digest.hexdigest()
 
 
 def read_hub(path: str, first_row: int) -> Iterator[tuple[int, object]]:
     """(row, record) of the whole split, streamed."""
-    yield from enumerate(_load(path), first_row)
+    try:
+        rows = _builder(path).as_streaming_dataset(split=parse(path).split)
+    except Exception as error:
+        raise ValueError(f"{path}: datasets cannot read it ({error})") from None
+    yield from enumerate(rows, first_row)

@@ -47,6 +47,7 @@ class Progress:
     documents: int
     tokens: int
     dropped: int
+    rejected: int
 
 
 def encode(inputs: Sequence[str | Path | SourceSpec], store_dir: str | Path, options: EncodeOptions, **how):
@@ -113,6 +114,9 @@ def write_store(
             return _finish(storage, job, results, plan) if unit_range is None else None
         except TooManyErrorsError:
             raise
+        except OSError as error:  # a full disk, a refused put, an input that vanished, a worker that was killed
+            way = "" if "--resume" in str(error) else f"; what is finished is kept in {place}, go on with --resume"
+            raise OSError(f"{error}{way}") from None
         except ValueError:
             # Bad input: whoever mends it has another input, so nothing of this store could ever be used. What a full
             # disk or a kill leaves can be finished, and stays.
@@ -215,7 +219,9 @@ def _plan(
 ) -> dict:
     templates = [load_template(source.template or options.chat_template, folder) or "" for source in sources]
     same = len(set(templates)) == 1
-    packages = (*_PACKAGES, "fastokens") if engine == "fast" else _PACKAGES
+    packages = [*_PACKAGES, *(["fastokens"] if engine == "fast" else [])]
+    if any(file.format == "hf" for file in files):
+        packages.append("datasets")
     return {
         "store_version": STORE_VERSION,
         "inputs": [file.to_json() for file in files],
@@ -313,12 +319,12 @@ def _short(value: object) -> str:
 def _reporter(units: Sequence[Unit], options: EncodeOptions, progress):
     """Count what is done, stop as soon as there are more bad records than a count allows, and tell the caller."""
     total = sum(unit.bytes for unit in units)
-    done = {"units": 0, "bytes": 0, "documents": 0, "tokens": 0, "dropped": 0, "rejected": 0}
+    done = dict.fromkeys(("units_done", "bytes_done", "documents", "tokens", "dropped", "rejected"), 0)
     stop = options.error_limit(0) if options.max_errors and not options.max_errors.endswith("%") else float("inf")
 
     def report(unit: Unit, result: UnitResult) -> None:
-        done["units"] += 1
-        done["bytes"] += unit.bytes
+        done["units_done"] += 1
+        done["bytes_done"] += unit.bytes
         done["documents"] += result.rows
         done["tokens"] += result.tokens
         done["dropped"] += sum(count["documents"] for count in result.ledger["total"]["dropped"].values())
@@ -329,16 +335,6 @@ def _reporter(units: Sequence[Unit], options: EncodeOptions, progress):
                 "see units/*.rejects.jsonl in the store"
             )
         if progress is not None:
-            progress(
-                Progress(
-                    done["units"],
-                    len(units),
-                    done["bytes"],
-                    total,
-                    done["documents"],
-                    done["tokens"],
-                    done["dropped"],
-                )
-            )
+            progress(Progress(units=len(units), bytes=total, **done))
 
     return report

@@ -35,6 +35,7 @@ def run_units(
 
     Raises:
         ValueError: as the function raised it (the first to arrive); other units are stopped.
+        ChildProcessError: a worker was killed or ended.
         RuntimeError: a worker failed in another way, with the trace of the worker in the message.
     """
     if workers < 1:
@@ -73,7 +74,7 @@ def _run_pool(function, units, workers, on_done):
                     ok, value = pipe.recv()
                 except EOFError:
                     pipes[pipe].join()
-                    raise RuntimeError(_death(pipes[pipe].exitcode)) from None
+                    raise ChildProcessError(_death(pipes[pipe].exitcode)) from None
                 if not ok:
                     raise value
                 results[index] = value

@@ -1,7 +1,7 @@
 """Run work units on a Ray cluster: the same units, the same results, in the same order.
 
-Inputs, tokenizer and store must lie where every node sees them (a shared file system). A task that dies with its node
-is run again elsewhere; it costs its unit and nothing else, because a unit that is done is found and not done again.
+Inputs, tokenizer and store must lie where every node sees them: on a shared file system, or behind addresses (`s3://…`).
+A task that dies with its node is run again elsewhere; it costs its unit and nothing else.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ def run_units(
 
     Raises:
         ValueError: as the function raised it; units not yet begun are not run. Or ray is not installed.
+        ChildProcessError: a task died more often than it is tried again.
     """
     try:
         import ray  # an extra: not everyone has a cluster
@@ -38,8 +39,8 @@ def run_units(
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, (ValueError, OSError)) else RuntimeError(str(error))) from None
-    except ray.exceptions.WorkerCrashedError as error:
-        raise RuntimeError(f"a Ray task died {_RETRIES + 1} times ({error}); go on with --resume") from None
+    except ray.exceptions.RayError as error:
+        raise ChildProcessError(f"a Ray task died {_RETRIES + 1} times ({error}); go on with --resume") from None
     finally:
         if started:
             ray.shutdown()

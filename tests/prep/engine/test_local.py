@@ -57,7 +57,7 @@ def test_a_bug_comes_back_with_its_trace():
 
 
 def test_a_killed_worker_is_named():
-    with pytest.raises(RuntimeError, match="killed by SIGKILL"):
+    with pytest.raises(ChildProcessError, match="killed by SIGKILL"):
         run_units(die_at_three, list(range(50)), 2)
 
 
