@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
 from prep.cli import main
 from prep.encode import hub
@@ -56,7 +57,7 @@ def test_documents_that_break_other_programs(tmp_path, byte_level):
     ]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     store = run([path], tmp_path / "s", byte_level, unit_bytes=100_000)
-    tokenizer = __import__("tokenizers").Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(byte_level / "tokenizer.json"))
     decoded = [tokenizer.decode(store.document(i)[0].tolist()) for i in range(len(store))]
     assert decoded == texts
     assert all(mask[1:].all() and not mask[0] for _, mask in (store.document(i) for i in range(len(store))))
@@ -69,7 +70,7 @@ def test_empty_swapped_and_endless_chats(tmp_path, byte_level):
     no_target = {"messages": [user("hello?")]}
     path = write_jsonl(tmp_path / "a.jsonl", [swapped, several, long, no_target])
     store = run([path], tmp_path / "s", byte_level)
-    tokenizer = __import__("tokenizers").Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(byte_level / "tokenizer.json"))
     trained = []
     for i in range(len(store)):
         ids, mask = store.document(i)
@@ -203,7 +204,9 @@ def test_a_share_is_exact_to_one_document_and_within_its_epochs():
         want = int(draw.integers(1, 4 * have))
         taken = take(rows, lengths, hashes, want)
         assert abs(int(lengths[taken].sum()) - want) <= lengths.max()
-        assert np.bincount(taken).max() <= -(-want // have)  # no document more often than the passes that are begun
+        assert np.bincount(taken, minlength=1).max() <= -(
+            -want // have
+        )  # no document more often than the passes that are begun
         weights, caps = draw.uniform(0.1, 5, 3), draw.uniform(0.5, 4, 3)
         tokens = draw.integers(1000, 10**6, 3).tolist()
         specs = [SourceSpec(str(k), (), weight=weights[k], max_epochs=caps[k]) for k in range(3)]
