@@ -93,12 +93,23 @@ class Layout:
         ("gather", "needed", "ring", "ulysses"),
     )
     tp: int = _flag(1, "tensor-parallel ranks")
+    sp: bool = _flag(True, "with --tp: between attention and MLPs each tensor rank holds its share of the tokens")
+    tp_plan: str | None = _flag(
+        None,
+        "with --tp: 'PATTERN=STYLE,…' over the family's plan (in the file: PATTERN: STYLE lines); a module takes a "
+        "style, as lm_head=stream, a parameter how it is stored, shard(DIM) or replicate (see train/parallel/tp.py)",
+    )
     ep: int = _flag(1, "expert-parallel ranks, out of those of dp_shard, cp and tp")
     reshard: bool = _flag(
         True, "free a block's gathered weights after its forward; without, backward need not gather them again"
     )
     prefetch: int = _flag(1, "blocks whose weights are gathered ahead of need, each way; 0: as FSDP itself does")
     cpu_offload: bool = _flag(False, "keep parameters, gradients and optimizer state in host memory")
+
+    @property
+    def sequence(self) -> int:
+        """Tensor ranks that share out the tokens of the residual stream."""
+        return self.tp if self.sp else 1
 
 
 @dataclass(frozen=True)
@@ -213,11 +224,20 @@ COMBINATIONS = (
     Combination("context parallelism, needed keys only", {"cp": 2, "cp_method": "needed"}, "tests/dist/test_cp.py"),
     Combination("context parallelism, heads for tokens", {"cp": 2, "cp_method": "ulysses"}, "tests/dist/test_cp.py"),
     Combination("context parallelism, ring", {"cp": 2, "cp_method": "ring"}, "tests/dist/test_cp.py"),
+    Combination("tensor and sequence parallelism", {"tp": 2}, "tests/dist/test_tp.py"),
+    Combination("tensor parallelism, whole sequences", {"tp": 2, "sp": False}, "tests/dist/test_tp.py"),
+    Combination("tensor × context parallelism", {"tp": 2, "cp": 2}, "tests/dist/test_tp.py"),
     Combination(
-        "tensor parallelism",
-        {"tp": 2},
-        "--tp {tp} is not driven yet: leave it at 1, the ranks then shard the model over dp_shard",
-        lambda c: c.layout.tp > 1,
+        "tensor parallelism, compiled",
+        {"tp": 2, "compile": True},
+        "--compile with --tp {tp} is not proven yet: leave --compile out",
+        lambda c: c.layout.tp > 1 and c.model.compile,
+    ),
+    Combination(
+        "pipeline × tensor parallelism",
+        {"pp": 2, "tp": 2},
+        "--pp {pp} with --tp {tp} is not proven yet: take one of the two, the ranks then shard over dp_shard",
+        lambda c: c.layout.pp > 1 and c.layout.tp > 1,
     ),
     Combination("pipeline, all forwards before all backwards", {"pp": 2, "pp_schedule": "gpipe"}, PIPELINES),
     Combination("pipeline, one forward one backward", {"pp": 2}, PIPELINES),
@@ -397,6 +417,8 @@ def _convert(name: str, value: Any) -> Any:
         if not (isinstance(values, list) and all(isinstance(item, str) and item for item in values)):
             raise ValueError(f"{flag} takes one string or a list of them, not {value!r}")
         return tuple(values)
+    if name == "tp_plan" and isinstance(value, dict) and all(isinstance(style, str) for style in value.values()):
+        value = ",".join(f"{pattern}={style}" for pattern, style in value.items())
     if not isinstance(value, str) or value == "":
         raise ValueError(f"{flag} takes one {kind.__name__}, not {value!r}")
     try:

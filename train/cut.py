@@ -9,6 +9,7 @@ Labels and positions are made on the whole row before it is cut, so that a label
 token.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,11 +25,13 @@ PER_TOKEN = ("input_ids", "labels", "position_ids")
 
 @dataclass(frozen=True)
 class Cut:
-    """Which part of every row is this rank's: part `rank` of `size`."""
+    """Which part of every row is this rank's: part `rank` of `size`. `sequence` tensor ranks take the same part and cut
+    it once more inside the model (sequence parallelism)."""
 
     size: int = 1
     rank: int = 0
     kind: Literal["contiguous", "zigzag", "mixed"] = "contiguous"
+    sequence: int = 1
 
     @property
     def align(self) -> int:
@@ -37,8 +40,13 @@ class Cut:
 
     @property
     def multiple(self) -> int:
-        """What the length of a row must be a multiple of."""
+        """What the length of a segment of padding must be a multiple of."""
         return max(self.size, self.align)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row must be a multiple of."""
+        return math.lcm(self.multiple, self.size * self.sequence)
 
     def buffers(self, row: dict[str, torch.Tensor], *, pinned: bool) -> dict[str, torch.Tensor]:
         """Tensors for this rank's part of a row that lies in the buffers `row`, to be completed by `fill`.
@@ -86,16 +94,16 @@ class Cut:
 WHOLE = Cut()
 
 
-def choose_cut(method: str, size: int, rank: int, manifest: Manifest) -> Cut:
+def choose_cut(method: str, size: int, rank: int, manifest: Manifest, sequence: int = 1) -> Cut:
     """The cut for the context-parallel `method` over shards of this manifest: mixed for a ring (whose slots are re-laid
     where they are not aligned), zigzag where all keys are gathered and every slot is aligned to it, else contiguous."""
     if size == 1:
-        return WHOLE
+        return Cut(sequence=sequence)
     if method == "ring":
-        return Cut(size, rank, "mixed")
-    zigzag = Cut(size, rank, "zigzag")
+        return Cut(size, rank, "mixed", sequence)
+    zigzag = Cut(size, rank, "zigzag", sequence)
     aligned = manifest.align % zigzag.align == 0 and manifest.capacity % zigzag.align == 0
-    return zigzag if method == "gather" and aligned else Cut(size, rank)
+    return zigzag if method == "gather" and aligned else Cut(size, rank, sequence=sequence)
 
 
 def _fill_zigzag(row: dict[str, np.ndarray], part: dict[str, np.ndarray], size: int, rank: int) -> None:

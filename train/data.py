@@ -130,7 +130,7 @@ class PackedLoader:
         self._dataset, self._schedule, self._verify = dataset, schedule, verify
         self._dp_rank, self._dp_size, self._device = dp_rank, dp_size, device
         self.row_count = accumulation(schedule.batch_packs, schedule.micro_packs, dp_size)
-        self.row_tokens = align_up(schedule.micro_packs * choose_lay(dataset, cut).capacity, cut.multiple)
+        self.row_tokens = align_up(schedule.micro_packs * choose_lay(dataset, cut).capacity, cut.row_multiple)
         self._consumed = consumed
         self._step_tokens = 0
         self._order = (-1, np.empty(0, np.int64))

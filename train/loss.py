@@ -5,16 +5,32 @@ are at hand: three matrix products a chunk, where recomputing the logits in the 
 gradient of the hidden states and one of the weight until the backward, which for the last operation of a model comes at
 once. Without gradients (evaluation) only the loss is computed.
 
-Shapes: T tokens, D hidden size, V vocabulary, C tokens of a chunk.
+*Vocabulary-parallel*: ranks that each have some rows of the head compute some columns of every chunk's logits, and send
+three numbers a token: the largest logit, the sum of the exponentials and the label's logit.
+
+Shapes: T tokens, D hidden size, V vocabulary (of this rank), C tokens of a chunk.
 """
 
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from formats.schema import IGNORE_INDEX
+from train.parallel.collectives import sum_over_ranks
 
 LOGIT_BYTES = 1 << 26  # of one chunk; larger was not faster on CPU, smaller re-reads the weight's gradient too often
 MIN_CHUNK, MAX_CHUNK = 128, 8192
+
+
+@dataclass(frozen=True)
+class VocabPart:
+    """Which `rows` of the vocabulary's head this rank of `group` has; no rank has more than `most`."""
+
+    group: dist.ProcessGroup
+    rows: slice
+    most: int
 
 
 def linear_cross_entropy(
@@ -25,6 +41,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     targets_only: bool | None = None,
     chunk: int | None = None,
+    vocab: VocabPart | None = None,
 ) -> Tensor:
     """−Σ log softmax(hidden · weightᵀ)[label] over the tokens whose label is not `IGNORE_INDEX`: a scalar.
 
@@ -35,6 +52,10 @@ def linear_cross_entropy(
     are then sets the shapes: the default does it on CPU, and not on CUDA, where reading that number would stall the
     launch queue and break static shapes. `chunk` is the number of tokens per chunk; by default the logits of one
     take `LOGIT_BYTES`.
+
+    With `vocab` the ranks of a group share out the words: `weight_VD` is this rank's part of the head, hidden states
+    and labels (ids of the whole vocabulary) are the same on all. The loss is whole and the same number on all ranks;
+    the gradient of the hidden states is this rank's summand.
     """
     if targets_only is None:
         targets_only = hidden_TD.device.type == "cpu"
@@ -43,14 +64,21 @@ def linear_cross_entropy(
         hidden_TD, labels_T = hidden_TD[rows], labels_T[rows]
     if chunk is None:
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-        chunk = min(max(LOGIT_BYTES // (weight_VD.shape[0] * wide.itemsize), MIN_CHUNK), MAX_CHUNK)
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T.long(), softcap, chunk)
+        words = weight_VD.shape[0] if vocab is None else vocab.most  # the ranks must agree on the number of chunks
+        chunk = min(max(LOGIT_BYTES // (words * wide.itemsize), MIN_CHUNK), MAX_CHUNK)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T.long(), softcap, chunk, vocab)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, softcap: float | None, chunk: int
+        ctx,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        softcap: float | None,
+        chunk: int,
+        vocab: VocabPart | None,
     ) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
@@ -66,17 +94,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope = 1 - logits * logits if want_hidden or want_weight else None
                 logits.mul_(softcap)
             is_target = (labels != IGNORE_INDEX)[:, None]
-            index = labels.clamp(min=0)[:, None]
+            index, is_here = _own_column(labels[:, None], vocab)
             target = logits.gather(1, index)
             # In place from here on: each pass over a chunk's logits costs as much as a tenth of a matrix product.
             highest = logits.amax(1, keepdim=True)
+            if vocab is not None:
+                highest = sum_over_ranks(highest, vocab.group, "max")
             exponentials = logits.sub_(highest).exp_()
             total = exponentials.sum(1, keepdim=True)
+            if vocab is not None:
+                both = torch.cat((total, torch.where(is_here, target, 0)), dim=1)
+                total, target = sum_over_ranks(both, vocab.group).split(1, dim=1)
             loss += torch.where(is_target, total.log() + highest - target, 0).sum()
             if not (want_hidden or want_weight):
                 continue
             grad_logits = exponentials.mul_(is_target / total)  # softmax, 0 where there is no target
-            grad_logits.scatter_add_(1, index, -is_target.to(wide))
+            grad_logits.scatter_add_(1, index, -(is_target & is_here).to(wide))
             if softcap is not None:
                 grad_logits *= slope
             grad_logits = grad_logits.to(hidden.dtype)
@@ -94,4 +127,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place: the weight's gradient is as large as the weight. A second backward over the same graph finds its
         # saved tensors modified and raises.
         grads = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors]
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+def _own_column(labels_C1: Tensor, vocab: VocabPart | None) -> tuple[Tensor, Tensor]:
+    """For each label a column of this rank's logits (some column where it has none), and whether it is the label's."""
+    if vocab is None:
+        return labels_C1.clamp(min=0), labels_C1 >= 0
+    is_here = (labels_C1 >= vocab.rows.start) & (labels_C1 < vocab.rows.stop)
+    return torch.where(is_here, labels_C1 - vocab.rows.start, 0), is_here

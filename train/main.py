@@ -72,7 +72,7 @@ def train(config: Config) -> None:
     manifest = dataset.manifest
     steps = schedule.steps(config.run.epochs)
     steps = min(config.run.steps, steps) if config.run.steps else steps
-    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, manifest)
+    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, manifest, config.layout.sequence)
     data_state = DataState(training.fingerprints, training.weights, config.run.seed, config.data.batch_packs)
 
     # Where this run begins: at 0, or at a checkpoint that fits.
@@ -220,7 +220,7 @@ def evaluate_packs(
     # As many rows at a time as a pipeline has stages to keep busy.
     batch = mesh.dp_size * config.data.micro_packs * mesh.pp_size
     schedule = Schedule(packs, "input", 0, 0, batch, config.data.micro_packs)
-    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest)
+    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest, config.layout.sequence)
     loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device, cut=cut)
     try:
         return evaluate(model, loader, schedule.steps(1), mesh, metrics.evaluating)

@@ -75,6 +75,10 @@ class Mesh:
     def cp_rank(self) -> int:
         return self.root.get_local_rank("cp")
 
+    @property
+    def tp_size(self) -> int:
+        return self.root["tp"].size()
+
     def __str__(self) -> str:
         return " × ".join(f"{axis} {size}" for axis, size in zip(AXES, self.root.shape, strict=True))
 

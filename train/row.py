@@ -163,7 +163,7 @@ class Row:
         self._dataset, self._capacity, self._pad_id = dataset, capacity, manifest.pad_id
         self._digests, self._longest = index.xxh3, index.max_seqlen
         self._cut, self._host_facts = cut, {}
-        tokens = align_up(micro_packs * capacity, cut.multiple)
+        tokens = align_up(micro_packs * capacity, cut.row_multiple)
         self._longest_tail = max(1, TAIL_SEGMENT // cut.multiple) * cut.multiple  # padding is cut as documents are
         # A static number of segments, so that shapes never change: the most of any pack, for every pack of the row.
         tail = capacity - least_tokens(index, align)
@@ -177,6 +177,7 @@ class Row:
             "cu_seqlens": torch.empty(self._most_segments + 1, dtype=torch.int32, pin_memory=pinned),
         }
         rest = tokens - micro_packs * capacity
+        self._shortest_max = max(TAIL_SEGMENT, rest)
         row["input_ids"][tokens - rest :] = manifest.pad_id
         row["labels"][tokens - rest :] = IGNORE_INDEX
         row["position_ids"][tokens - rest :] = torch.arange(rest)
@@ -200,7 +201,7 @@ class Row:
         targets = (arrays["input_ids"], arrays["labels"], arrays["position_ids"], cu_seqlens)
         constants = self._pad_id, self._longest_tail
         cu_seqlens[0] = 0
-        segments, longest = 0, TAIL_SEGMENT
+        segments, longest = 0, self._shortest_max
         seq_lens = self._part["seq_lens"]
         seq_lens[:] = 0  # in padding
         self.pairs = dict.fromkeys(self.pairs, 0)

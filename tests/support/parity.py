@@ -56,7 +56,7 @@ def packed_step(model_dir, shards, config, dtype, wanted_path):
     hf.load_weights(model, model_dir)
 
     schedule = Schedule(len(dataset), "shuffle", 0, 1, config.data.batch_packs, config.data.micro_packs)
-    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest)
+    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest, config.layout.sequence)
     loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device, cut=cut)
     facts = loader.next_step()
     assert facts.packs == len(dataset)

@@ -404,7 +404,7 @@ def spoil(case, folder, flags):
         ("checkpoint missing", "no such folder; say never, auto, or the path"),
         ("no checkpoint there", "no complete checkpoint"),
         ("mesh", "1 ranks cannot be divided by pp 1 × dp_replicate 2"),
-        ("tp", "--tp 2 is not driven yet"),
+        ("tp", "1 ranks cannot be divided by pp 1 × dp_replicate 1 × cp 1 × tp 2"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(case, says, flags, tmp_path):

@@ -4,8 +4,8 @@ Shapes: T packed tokens, D hidden size, F intermediate size, N query heads, K ke
 vocabulary. Head counts are read off the tensors (`-1`), so that a tensor-parallel rank runs the same lines on its
 share.
 
-What parallelism may replace from outside: `block.attention.core` (context parallelism), the linear layers' parameters
-(tensor parallelism), `model.layers` entries (pipeline stages, compiled blocks).
+What parallelism may replace from outside: `block.attention.core` (context parallelism), modules with parameters by
+`train.parallel.styles` (tensor parallelism), `model.layers` entries (pipeline stages, compiled blocks).
 """
 
 from dataclasses import replace
@@ -135,8 +135,12 @@ class Head(nn.Module):
         weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
         if labels_T is not None:
             return linear_cross_entropy(x_TD, weight_VD, labels_T, softcap=self.softcap)
+        return self.logits(x_TD, weight_VD, self.softcap)
+
+    @staticmethod
+    def logits(x_TD: Tensor, weight_VD: Tensor, softcap: float | None) -> Tensor:
         logits_TV = nn.functional.linear(x_TD, weight_VD)
-        return logits_TV if self.softcap is None else self.softcap * torch.tanh(logits_TV / self.softcap)
+        return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
 
 
 class Decoder(nn.Module):

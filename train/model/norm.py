@@ -13,9 +13,11 @@ class Norm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.normalise(x, self.weight)
+
+    def normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The norm with another `weight` in place of its own: a tensor-parallel rank's part."""
         if self.offset == 0.0:
-            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return nn.functional.rms_norm(x, weight.shape, weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)  # 1 + weight would round a small weight away in bfloat16
-        return nn.functional.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide) + self.offset, self.eps).to(
-            x.dtype
-        )
+        return nn.functional.rms_norm(x.to(wide), weight.shape, weight.to(wide) + self.offset, self.eps).to(x.dtype)

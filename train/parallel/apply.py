@@ -10,6 +10,7 @@ from train.parallel.fsdp import apply_fsdp
 from train.parallel.pipeline import Pipeline
 from train.parallel.pp import cut_stages
 from train.parallel.recompute import apply_recompute
+from train.parallel.tp import apply_tp
 
 
 def parallelize(model: Decoder, mesh: Mesh, config: Config) -> Decoder | Pipeline:
@@ -18,7 +19,7 @@ def parallelize(model: Decoder, mesh: Mesh, config: Config) -> Decoder | Pipelin
     The order, each step but the first `(model, mesh, config) -> model`, and why it stands where it does:
 
     1. pp: cuts the model into stages; everything after works on this rank's stages, one by one.
-    2. tp: replaces parameters by DTensors over tp, which FSDP must find when it shards them further. (not driven yet)
+    2. tp: replaces parameters by DTensors over tp, which FSDP must find when it shards them further.
     3. cp: swaps how attention sees the sequence; no parameter changes.
     4. ep: sets up the balancing of experts and distributes them over their own mesh, before FSDP takes the rest.
     5. recompute: wraps each block, so that what is compiled next includes the recomputation.
@@ -32,6 +33,8 @@ def parallelize(model: Decoder, mesh: Mesh, config: Config) -> Decoder | Pipelin
 
 
 def _parallelize(model: Decoder, mesh: Mesh, config: Config) -> Decoder:
+    if mesh.tp_size > 1:
+        model = apply_tp(model, mesh, config)
     if mesh.cp_size > 1:
         model = apply_cp(model, mesh, config)
     model = apply_ep(model, mesh, config)

@@ -33,7 +33,7 @@ def apply_cp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     """
     method, size = config.layout.cp_method, mesh.cp_size
     if method == "ulysses":
-        check_heads(model.config, size)
+        check_heads(model.config, size, mesh.tp_size)
     exchange = {
         "gather": GatherAttention,
         "needed": NeededAttention,
@@ -45,9 +45,9 @@ def apply_cp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     return model
 
 
-def check_heads(config: ModelConfig, size: int) -> None:
-    """Raise a ValueError when `--cp-method ulysses` cannot share out the heads over `size` ranks."""
-    heads, kv_heads = config.num_heads, config.num_kv_heads
+def check_heads(config: ModelConfig, size: int, tp: int = 1) -> None:
+    """Raise a ValueError when `--cp-method ulysses` cannot share out the heads of a tensor rank over `size` ranks."""
+    heads, kv_heads = max(1, config.num_heads // tp), max(1, config.num_kv_heads // tp)
     if heads % size or (kv_heads % size and size % kv_heads):
         raise ValueError(
             f"--cp-method ulysses cannot share out {heads} query and {kv_heads} key/value heads over --cp {size}; "

@@ -14,6 +14,14 @@ from torch.distributed.tensor import DTensor, Shard
 from train.config import Config
 from train.mesh import Mesh
 from train.model.moe import MixtureOfExperts
+from train.parallel.styles import is_cut_unevenly
+
+
+def _cut(parameter: nn.Parameter) -> Shard:
+    """FSDP cuts rows; columns where tp has cut the rows into uneven parts: what FSDP makes of those (parts of parts)
+    and what a DTensor says of them are two different things."""
+    is_uneven = isinstance(parameter, DTensor) and is_cut_unevenly(parameter)
+    return Shard(1 if is_uneven and parameter.ndim > 1 else 0)
 
 
 def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
@@ -24,7 +32,8 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     the step for SmolLM2 on CPU).
     """
     param_dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
-    if mesh.fsdp.size() == 1 and param_dtype is None and not config.layout.cpu_offload:
+    # With tp FSDP also sums the gradients of which each tensor rank has a part (`Partial`), once a step.
+    if mesh.fsdp.size() * mesh.tp_size == 1 and param_dtype is None and not config.layout.cpu_offload:
         return model
     reduce_dtype = None if param_dtype is None else getattr(torch, config.model.reduce_dtype)
     # No casting of inputs: hidden states have the dtype of the weights that made them, and the tables of rotary
@@ -33,7 +42,7 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     offload = (
         CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda") if config.layout.cpu_offload else OffloadPolicy()
     )
-    options = {"mesh": mesh.fsdp, "mp_policy": precision, "offload_policy": offload}
+    options = {"mesh": mesh.fsdp, "mp_policy": precision, "offload_policy": offload, "shard_placement_fn": _cut}
 
     # A stage of a pipeline keeps its weights gathered until all rows of the step are through.
     reshard = config.layout.reshard and mesh.pp_size == 1
@@ -82,8 +91,7 @@ def _shard_mixture(mixture: MixtureOfExperts, mesh: Mesh, options: dict[str, Any
     fully_shard(
         mixture.experts,
         reshard_after_forward=reshard,
-        shard_placement_fn=placement,
-        **(options | {"mesh": mesh.experts[axes]}),
+        **(options | {"mesh": mesh.experts[axes], "shard_placement_fn": placement}),
     )
 
 

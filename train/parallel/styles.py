@@ -1,0 +1,382 @@
+"""Tensor-parallel styles: how one module of the decoder runs on the n ranks of the `tp` axis.
+
+A style takes a module and returns what stands in its place under the same name: it places the parameters (DTensors over
+`tp`, which FSDP shards further) and spells out what its forward sends. Activations are plain local tensors and stand in
+one of four relations to the ranks, which say what their gradients are:
+
+stream    the residual stream. With sequence parallelism each rank holds its T/n tokens, without all hold all T.
+row       all T tokens on every rank; of a *gradient* every rank has a summand, for it makes its own use of the row.
+features  all T tokens, each rank some columns (heads, intermediate features).
+summands  [T, D] on every rank; the value is their sum.
+
+`TensorAxis.to_row`, `sum_to_stream` and `own_stream` are the only ways between them. Backward is linear in the gradient
+that comes in, so a module with whole weights inside a row needs nothing but the sum of its weights' gradients.
+
+| style      | modules                       | weights   | from → to                                          |
+|------------|-------------------------------|-----------|----------------------------------------------------|
+| `gather`   | Attention, Mlp                |           | stream → stream, as their parts do in between      |
+| `column`   | linear                        | Shard(0)  | row → features                                     |
+| `kv`       | linear, norm over all heads   | Shard(0)  | `column`, `features`; where there are fewer        |
+|            |                               | or whole  | key/value heads than ranks, some have the same one |
+| `row`      | linear                        | Shard(1)  | features → summands → stream                       |
+| `features` | norm over all heads           | Shard(0)  | features → features                                |
+| `vocab`    | embedding, head               | Shard(0)  | ids → summands → stream; stream → row → loss       |
+| `stream`   | norm, linear, embedding, head | whole     | stream → stream                                    |
+|            | Mlp                           |           | the same for all its parts                         |
+| `whole`    | norm, linear                  | whole     | row → row, or features of a head                   |
+|            | Attention, Mlp                |           | stream → row → stream: every rank does all work    |
+
+Where sizes are not multiples of n, ranks hold uneven parts (`torch.chunk`: the first ones the larger), exactly; FSDP
+then cuts their columns, of which there must be a multiple of its ranks.
+Gradients of whole weights are `Partial` over tp where each rank used them for other tokens or heads; FSDP sums them
+before it shards (which is why it also runs on a mesh of one when tp > 1).
+
+Shapes: T tokens of this context-parallel rank, D hidden size, F features, V vocabulary, n ranks of the tp axis.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from train.loss import VocabPart, linear_cross_entropy
+from train.model.config import ModelConfig
+from train.model.decoder import Attention, Head
+from train.model.mlp import Mlp
+from train.model.norm import Norm
+from train.parallel.collectives import all_gather, all_reduce, copy_to_all, reduce_scatter, sum_to_all
+
+
+@dataclass(frozen=True)
+class TensorAxis:
+    """The `tp` axis as styles see it. `sequence`: the residual stream is cut over its tokens (sequence parallelism)."""
+
+    mesh: DeviceMesh  # 1-D
+    sequence: bool
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group()
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.get_local_rank()
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def stream_grad(self) -> Placement:
+        """What a rank's gradient of a whole weight is that worked on the stream."""
+        return Partial() if self.sequence else Replicate()
+
+    def to_row(self, x: Tensor) -> Tensor:
+        """stream → row."""
+        return all_gather(x, self.group) if self.sequence else copy_to_all(x, self.group)
+
+    def sum_to_stream(self, x: Tensor) -> Tensor:
+        """summands → stream."""
+        return reduce_scatter(x, self.group) if self.sequence else sum_to_all(x, self.group)
+
+    def own_stream(self, x: Tensor) -> Tensor:
+        """row → stream; also for ids and labels."""
+        if self.sequence:
+            tokens = len(x) // self.size
+            return x[self.rank * tokens : (self.rank + 1) * tokens]
+        return _ShareGradient.apply(x, self.size) if x.requires_grad else x
+
+    def part(self, size: int) -> slice:
+        """Which of `size` rows (or columns) a `Shard` gives this rank."""
+        most = -(-size // self.size)
+        return slice(min(size, self.rank * most), min(size, (self.rank + 1) * most))
+
+
+class _ShareGradient(torch.autograd.Function):
+    """The same on all ranks, whose whole gradient becomes n equal summands."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.size, None
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a style is applied: the module's full name, the axis, and the model it belongs to."""
+
+    name: str
+    axis: TensorAxis
+    config: ModelConfig
+
+    def place(self, module: nn.Module, parameter: str, placement: Placement) -> nn.Parameter | None:
+        """The module's parameter as a DTensor over the axis, on meta or from values that all ranks hold alike.
+
+        One that is a DTensor already keeps the placement it has: an annotation says how it is *stored*.
+        Raises: ValueError when there is too little of it for every rank to hold a part.
+        """
+        value = getattr(module, parameter)
+        if value is None or isinstance(value, DTensor):
+            return value
+        return place(value, f"{self.name}.{parameter}", placement, self.axis.mesh)
+
+
+def place(value: nn.Parameter, name: str, placement: Placement, mesh: DeviceMesh) -> nn.Parameter:
+    """`value` as a DTensor over the 1-D `mesh`. Raises: ValueError when a rank would be left without a part."""
+    if isinstance(placement, Shard):
+        if placement.dim >= value.ndim:
+            raise ValueError(f"{name} has {value.ndim} dimensions and cannot be placed as {placement}")
+        size = value.shape[placement.dim]
+        if -(-size // mesh.size()) * (mesh.size() - 1) >= size:
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} cannot be cut over --tp {mesh.size()}: its dimension "
+                f"{placement.dim} has too little for every rank; lower --tp, or give it another style with --tp-plan"
+            )
+    placed = distribute_tensor(value.detach(), mesh, [placement], src_data_rank=None)
+    return nn.Parameter(placed, requires_grad=value.requires_grad)
+
+
+def is_cut_unevenly(parameter: DTensor) -> bool:
+    """Whether ranks of a 1-D mesh hold different numbers of its rows."""
+    return parameter.placements == (Shard(0),) and parameter.shape[0] % parameter.device_mesh.size() != 0
+
+
+def local(parameter: DTensor | None, placement: Placement, grad: Placement | None = None) -> Tensor | None:
+    """This rank's part of a parameter under `placement`, whatever it is stored as; in backward the rank's gradient is
+    taken as `grad` (by default `placement`)."""
+    if parameter is None:
+        return None
+    if parameter.placements != (placement,):
+        parameter = parameter.redistribute(placements=[placement])
+    return parameter.to_local(grad_placements=[placement if grad is None else grad])
+
+
+class _Linear(nn.Module):
+    """The parameters of a linear layer; `weight` and `bias` say how they are placed."""
+
+    weight_placement: Placement = Replicate()
+    bias_placement: Placement = Replicate()
+
+    def __init__(self, linear: nn.Linear, site: Site):
+        super().__init__()
+        self.axis = site.axis
+        self.weight = site.place(linear, "weight", self.weight_placement)
+        self.bias = site.place(linear, "bias", self.bias_placement)
+
+
+class ColumnLinear(_Linear):
+    """Each rank computes some of the features: its rows of the weight."""
+
+    weight_placement = bias_placement = Shard(0)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return nn.functional.linear(x_TD, local(self.weight, Shard(0)), local(self.bias, Shard(0)))
+
+
+class KvLinear(_Linear):
+    """Fewer key/value heads than ranks: the weight is whole, each rank computes the one head that its queries use."""
+
+    def __init__(self, linear: nn.Linear, site: Site):
+        super().__init__(linear, site)
+        self.head = _own_kv_head(site)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        weight, bias = (local(p, Replicate(), Partial()) for p in (self.weight, self.bias))
+        return nn.functional.linear(x_TD, weight[self.head], None if bias is None else bias[self.head])
+
+
+class RowLinear(_Linear):
+    """Each rank has some of the input's features: its columns of the weight, and a summand of the output."""
+
+    weight_placement = Shard(1)
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        x_TD = self.axis.sum_to_stream(nn.functional.linear(x_TF, local(self.weight, Shard(1))))
+        bias = local(self.bias, Replicate(), self.axis.stream_grad)
+        return x_TD if bias is None else x_TD + bias
+
+
+class WholeLinear(_Linear):
+    """The whole weight on every rank, with the gradient that `grad` says."""
+
+    def __init__(self, linear: nn.Linear, site: Site, grad: Placement):
+        super().__init__(linear, site)
+        self.grad = grad
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(
+            x, local(self.weight, Replicate(), self.grad), local(self.bias, Replicate(), self.grad)
+        )
+
+
+class WholeNorm(Norm):
+    """A norm over dimensions that every rank has: of a token of the stream, or of a head."""
+
+    def __init__(self, norm: Norm, site: Site, grad: Placement):
+        nn.Module.__init__(self)
+        self.eps, self.offset, self.grad = norm.eps, norm.offset, grad
+        self.weight = site.place(norm, "weight", Replicate())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalise(x, local(self.weight, Replicate(), self.grad))
+
+
+class FeatureNorm(Norm):
+    """A norm over features that lie on different ranks: one number a token is summed over the ranks.
+
+    Where key/value heads are repeated (`rows` is the one of this rank), every head is counted equally often.
+    """
+
+    def __init__(self, norm: Norm, site: Site, rows: slice | None = None):
+        nn.Module.__init__(self)
+        self.eps, self.offset, self.axis, self.rows = norm.eps, norm.offset, site.axis, rows
+        self.features = norm.weight.shape[0] if rows is None else (rows.stop - rows.start) * site.axis.size
+        self.weight = site.place(norm, "weight", Shard(0) if rows is None else Replicate())
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        if self.rows is None:
+            weight = local(self.weight, Shard(0))
+        else:
+            weight = local(self.weight, Replicate(), Partial())[self.rows]
+        wide = x_TF.to(torch.promote_types(x_TF.dtype, torch.float32))
+        squares = all_reduce(wide.square().sum(-1, keepdim=True), self.axis.group)
+        normed = wide * torch.rsqrt(squares / self.features + self.eps)
+        return (normed * (weight.to(wide.dtype) + self.offset)).to(x_TF.dtype)
+
+
+class VocabEmbedding(nn.Module):
+    """Each rank has some rows of the table; ids that are not among them give 0, and the sum is the whole."""
+
+    def __init__(self, embedding: nn.Embedding, site: Site):
+        super().__init__()
+        self.axis = site.axis
+        self.rows = site.axis.part(embedding.num_embeddings)
+        self.weight = site.place(embedding, "weight", Shard(0))
+
+    def forward(self, input_ids_T: Tensor) -> Tensor:
+        is_here = (input_ids_T >= self.rows.start) & (input_ids_T < self.rows.stop)
+        rows_T = torch.where(is_here, input_ids_T - self.rows.start, 0)
+        x_TD = nn.functional.embedding(rows_T, local(self.weight, Shard(0)))
+        return self.axis.sum_to_stream(x_TD.masked_fill(~is_here[:, None], 0.0))
+
+
+class StreamEmbedding(nn.Module):
+    """The whole table on every rank, which looks up its own tokens."""
+
+    def __init__(self, embedding: nn.Embedding, site: Site):
+        super().__init__()
+        self.axis = site.axis
+        self.weight = site.place(embedding, "weight", Replicate())
+
+    def forward(self, input_ids_T: Tensor) -> Tensor:
+        weight = local(self.weight, Replicate(), self.axis.stream_grad)
+        return nn.functional.embedding(self.axis.own_stream(input_ids_T), weight)
+
+
+class VocabHead(nn.Module):
+    """Each rank has some rows of the head, so some columns of the logits, which never leave it. The loss is the same
+    number on all ranks."""
+
+    def __init__(self, head: Head, site: Site):
+        super().__init__()
+        self.axis, self.softcap = site.axis, head.softcap
+        words = site.config.vocab_size
+        self.part = VocabPart(site.axis.group, site.axis.part(words), most=-(-words // site.axis.size))
+        self.weight = site.place(head, "weight", Shard(0))
+
+    def forward(self, x_TD: Tensor, labels_T: Tensor | None, tied_weight_VD: DTensor | None = None) -> Tensor:
+        """Without labels: this rank's columns of the logits of all T tokens."""
+        weight = local(self.weight if tied_weight_VD is None else tied_weight_VD, Shard(0))
+        x_TD = self.axis.to_row(x_TD)
+        if labels_T is not None:
+            return linear_cross_entropy(x_TD, weight, labels_T, softcap=self.softcap, vocab=self.part)
+        return Head.logits(x_TD, weight, self.softcap)
+
+
+class StreamHead(nn.Module):
+    """The whole head on every rank, for its own tokens; the loss is summed over the ranks."""
+
+    def __init__(self, head: Head, site: Site):
+        super().__init__()
+        self.axis, self.softcap = site.axis, head.softcap
+        self.weight = site.place(head, "weight", Replicate())
+
+    def forward(self, x_TD: Tensor, labels_T: Tensor | None, tied_weight_VD: DTensor | None = None) -> Tensor:
+        """Without labels: the logits of the tokens of the stream."""
+        weight = self.weight if tied_weight_VD is None else tied_weight_VD
+        weight = local(weight, Replicate(), self.axis.stream_grad)
+        if labels_T is None:
+            return Head.logits(x_TD, weight, self.softcap)
+        loss = linear_cross_entropy(x_TD, weight, self.axis.own_stream(labels_T), softcap=self.softcap)
+        return sum_to_all(loss, self.axis.group) if self.axis.sequence else loss
+
+
+def _own_kv_head(site: Site) -> slice:
+    """Rows of the one key/value head that this rank's queries use, where there are fewer heads than ranks."""
+    head, width = site.axis.rank * site.config.num_kv_heads // site.axis.size, site.config.head_dim
+    return slice(head * width, (head + 1) * width)
+
+
+def _kv_linear(linear: nn.Linear, site: Site) -> nn.Module:
+    return (ColumnLinear if site.config.num_kv_heads >= site.axis.size else KvLinear)(linear, site)
+
+
+def _kv_norm(norm: Norm, site: Site) -> nn.Module:
+    return FeatureNorm(norm, site, None if site.config.num_kv_heads >= site.axis.size else _own_kv_head(site))
+
+
+def _gather(module: nn.Module, site: Site) -> nn.Module:
+    """The first argument of `module` comes from the stream and is wanted as a row."""
+    module.register_forward_pre_hook(lambda _, args: (site.axis.to_row(args[0]), *args[1:]))
+    return module
+
+
+def _gather_attention(attention: Attention, site: Site) -> nn.Module:
+    heads, kv_heads, size = site.config.num_heads, site.config.num_kv_heads, site.axis.size
+    if heads % size or (kv_heads % size and size % kv_heads):
+        raise ValueError(
+            f"{site.name} has {heads} query and {kv_heads} key/value heads, which --tp {size} cannot share out: take a "
+            "--tp that divides the query heads and divides the key/value heads or is a multiple of them, or compute "
+            f"attention whole on every rank with --tp-plan '{site.name}=whole'"
+        )
+    return _gather(attention, site)
+
+
+def _whole(module: nn.Module, site: Site) -> nn.Module:
+    module.register_forward_hook(lambda _, args, x_TD: site.axis.own_stream(x_TD))
+    return _gather(module, site)
+
+
+def _on_stream(cls: type) -> Callable[[nn.Module, Site], nn.Module]:
+    return lambda module, site: cls(module, site, site.axis.stream_grad)
+
+
+def _on_row(cls: type) -> Callable[[nn.Module, Site], nn.Module]:
+    return lambda module, site: cls(module, site, Partial())
+
+
+STYLES: dict[str, dict[type, Callable[[nn.Module, Site], nn.Module]]] = {
+    "gather": {Attention: _gather_attention, Mlp: _gather},
+    "column": {nn.Linear: ColumnLinear},
+    "kv": {nn.Linear: _kv_linear, Norm: _kv_norm},
+    "row": {nn.Linear: RowLinear},
+    "features": {Norm: FeatureNorm},
+    "vocab": {nn.Embedding: VocabEmbedding, Head: VocabHead},
+    "stream": {
+        Norm: _on_stream(WholeNorm),
+        nn.Linear: _on_stream(WholeLinear),
+        nn.Embedding: StreamEmbedding,
+        Head: StreamHead,
+        Mlp: lambda module, site: module,
+    },
+    "whole": {Norm: _on_row(WholeNorm), nn.Linear: _on_row(WholeLinear), Attention: _whole, Mlp: _whole},
+}
+"""Style → type of module → what takes its place, made from the module and its `Site`."""
