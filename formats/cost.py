@@ -49,12 +49,16 @@ class Model:
         text = config.get("text_config", config)
         hidden, layers = _field(text, "hidden_size"), _field(text, "num_hidden_layers")
         heads = _field(text, "num_attention_heads")
-        kv_heads = text.get("num_key_value_heads") or heads
-        head_dim = text.get("head_dim") or hidden // heads
-        projections = 2 * hidden * head_dim * (2 * heads + 2 * kv_heads)
+        if text.get("kv_lora_rank"):
+            projections, pair = _latent_attention(text)
+        else:
+            kv_heads = text.get("num_key_value_heads") or heads
+            head_dim = text.get("head_dim") or hidden // heads
+            projections = 2 * hidden * head_dim * (2 * heads + 2 * kv_heads)
+            pair = 4 * heads * head_dim
         linear = sum(projections + _feed_forward(text, layer) for layer in range(layers))
         linear += 2 * hidden * _field(text, "vocab_size")
-        return cls(float(linear), float(4 * heads * head_dim), _windows(text, layers))
+        return cls(float(linear), float(pair), _windows(text, layers))
 
     def flops(self, seq_lens: np.ndarray, tokens: int | None = None) -> float:
         """Forward FLOPs of documents of `seq_lens` int[n]; `tokens`: rows computed, padding included (Σ if None)."""
@@ -76,6 +80,18 @@ def causal_pairs(seq_lens: np.ndarray, window: int = 0) -> np.ndarray:
         return s * (s + 1) // 2
     inside = np.minimum(s, window)
     return inside * (inside + 1) // 2 + (s - inside) * window
+
+
+def _latent_attention(config: Mapping) -> tuple[int, int]:
+    """(FLOPs per token of the projections, per pair) of latent attention (DeepSeek-V3): queries and keys have other
+    dimensions than values, and both come from vectors of a low rank."""
+    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    inner, turned = _field(config, "qk_nope_head_dim"), _field(config, "qk_rope_head_dim")
+    value, queries = _field(config, "v_head_dim"), config.get("q_lora_rank")
+    head = heads * (inner + turned)
+    weights = hidden * (rank + turned) + rank * heads * (inner + value) + heads * value * hidden
+    weights += (hidden + head) * queries if queries else hidden * head
+    return 2 * weights, 2 * heads * (inner + turned + value)
 
 
 def _feed_forward(config: Mapping, layer: int) -> int:

@@ -76,7 +76,7 @@ def read_index(path: Path) -> PackIndex:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         schema, batch = reader.schema, reader.get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Arrow file ({error}); restore it from a copy or pack again") from None
     if not schema.equals(PACKS_SCHEMA, check_metadata=False):
         raise ValueError(f"{path}: columns {schema.names} are not those of a pack index; pack again")
@@ -86,9 +86,9 @@ def read_index(path: Path) -> PackIndex:
 class PackedDataset:
     """A packed folder (THD or sequence-ID): `len(ds)` packs, `ds[i]` pack i in training order.
 
-    Opening reads the manifest and the index and compares the size of every file but the reports; shards are mapped when
-    first touched. Views must not outlive the dataset, and are read-only: copy what you hand on. ValueError names what
-    is missing, truncated or of another version.
+    Opening reads the manifest and the index, compares the index with its checksum and every other file but the reports
+    with its size; shards are mapped when first touched. Views must not outlive the dataset, and are read-only: copy
+    what you hand on. ValueError names what is missing, truncated, too many or of another version.
     """
 
     def __init__(self, folder: Path, manifest: Manifest | None = None):
@@ -109,6 +109,11 @@ class PackedDataset:
                     f"{path}: {path.stat().st_size} bytes, but the manifest says {entry.bytes}; "
                     "restore it from a copy or pack again"
                 )
+        for path in sorted((self.folder / "shards").glob("*.arrow")):
+            if f"shards/{path.name}" not in self._shard_names:
+                raise ValueError(f"{path}: not part of these shards, the manifest does not list it; remove it")
+        # What counts targets and places packs is small and read by nothing that would notice: it is compared here.
+        self._compare(next(entry for entry in self.manifest.files if entry.name == INDEX_NAME))
         self.index = read_index(self.folder / INDEX_NAME)
         if len(self.index) != self.manifest.totals["packs"]:
             raise ValueError(
@@ -152,8 +157,11 @@ class PackedDataset:
         """Compare every file that the manifest lists with its checksum, reading all bytes; ValueError names the first
         that differs. `part` of `parts`: only every parts-th file, so that several processes can share the work."""
         for entry in self.manifest.files[part::parts]:
-            if file_digest(self.folder / entry.name) != entry.xxh3_128:
-                raise ValueError(
-                    f"{self.folder / entry.name}: damaged, its checksum is not the one in the manifest; "
-                    "restore it from a copy or pack again"
-                )
+            self._compare(entry)
+
+    def _compare(self, entry: FileEntry) -> None:
+        if file_digest(self.folder / entry.name) != entry.xxh3_128:
+            raise ValueError(
+                f"{self.folder / entry.name}: damaged, its checksum is not the one in the manifest; "
+                "restore it from a copy or pack again"
+            )

@@ -247,18 +247,19 @@ class Shard:
         try:
             self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
             self.schema = self._reader.schema
+            if not self.schema.equals(SCHEMAS[kind], check_metadata=False):
+                raise ValueError(f"{path}: columns {self.schema.names} are not those of a {kind} shard")
             starts = [0]
             self._batches: list[list[ListColumn]] = []
             for b in range(self._reader.num_record_batches):
                 batch = self._reader.get_batch(b)
+                batch.validate()  # a damaged header may promise more than the file holds
                 self._batches.append([_list_column(column) for column in batch.columns])
                 starts.append(starts[-1] + batch.num_rows)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{path}: not a readable Arrow file ({error}); restore it or run prep pack again"
             ) from None
-        if not self.schema.equals(SCHEMAS[kind], check_metadata=False):
-            raise ValueError(f"{path}: columns {self.schema.names} are not those of a {kind} shard")
         self._starts = np.array(starts)
 
     @property

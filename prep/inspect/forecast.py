@@ -7,6 +7,7 @@ import numpy as np
 
 from formats.cost import TRAINING, Model
 from formats.layout import slot_alignment
+from prep.inspect.memory import Layout, memory, parameters
 from prep.inspect.whatif import Outcome, plan_for
 from prep.packing.balance import straggler
 
@@ -26,6 +27,33 @@ class Setup:
     config: Mapping | None = None
     peak_tflops: float = 989.0
     mfu: float = 0.4
+    pp: int = 1
+    dp_replicate: int = 1
+    tp: int = 1
+    ep: int = 1
+    micro_packs: int = 1
+    recompute: str = "full"
+    dtype: str = "bfloat16"
+
+    def width(self, cp: int) -> int:
+        """Data-parallel ranks beside `cp` context-parallel ones. ValueError when the axes do not make the GPUs."""
+        others = self.pp * self.tp * cp
+        if self.gpus % (others * self.dp_replicate):
+            raise ValueError(
+                f"--gpus {self.gpus} is not a multiple of pp {self.pp} × dp_replicate {self.dp_replicate} × cp {cp} × "
+                f"tp {self.tp} = {others * self.dp_replicate}; change --gpus or an axis"
+            )
+        shards = self.gpus // (self.pp * self.tp * self.dp_replicate)
+        if shards % self.ep:
+            raise ValueError(f"--ep {self.ep} does not divide dp_shard × cp = {shards}; take a divisor of it")
+        return self.gpus // others
+
+    def fits(self, cp: int) -> bool:
+        """Whether `cp` context-parallel ranks leave whole numbers of data-parallel ones."""
+        try:
+            return self.width(cp) > 0
+        except ValueError:
+            return False
 
 
 def forecast(row: Outcome, lengths: np.ndarray, scale: float, setup: Setup) -> dict:
@@ -33,7 +61,7 @@ def forecast(row: Outcome, lengths: np.ndarray, scale: float, setup: Setup) -> d
 
     batch_packs is what `--batch-packs` would be: the batch in packs, a multiple of the data-parallel width.
     """
-    width = max(1, setup.gpus // row.cp)
+    width = setup.width(row.cp)
     batch = max(1, round(setup.batch_tokens / row.seq_len / width)) * width
     packs = max(1, round(row.packs * scale))
     steps = -(-packs // batch)
@@ -56,8 +84,24 @@ def forecast(row: Outcome, lengths: np.ndarray, scale: float, setup: Setup) -> d
         value["petaflops_per_epoch"] = flops / 1e15
         value["gpu_hours_per_epoch"] = value["straggler"] * flops / (setup.peak_tflops * 1e12 * setup.mfu) / 3600
         value["parameters"] = parameters(setup.config)
-        value["memory_gib"] = {k: v / GIB for k, v in memory(setup.config, row.seq_len // row.cp, setup.gpus).items()}
+        value["memory_gib"] = {k: v / GIB for k, v in memory(setup.config, _layout(row, setup, batch // width)).items()}
     return value
+
+
+def _layout(row: Outcome, setup: Setup, packs: int) -> Layout:
+    """`packs`: packs of a step on one data-parallel rank."""
+    return Layout(
+        tokens=setup.micro_packs * row.seq_len,
+        pp=setup.pp,
+        dp_replicate=setup.dp_replicate,
+        dp_shard=setup.width(row.cp) // setup.dp_replicate,
+        cp=row.cp,
+        tp=setup.tp,
+        ep=setup.ep,
+        rows=-(-packs // setup.micro_packs),
+        bytes=2 if setup.dtype == "bfloat16" else 4,
+        recompute=setup.recompute,
+    )
 
 
 def warnings(row: Outcome, value: Mapping) -> list[str]:
@@ -74,43 +118,3 @@ def warnings(row: Outcome, value: Mapping) -> list[str]:
     if row.seq_len % slot_alignment(row.cp) == 0 and row.slot_padding > 0.05:
         found.append(f"cp {row.cp} costs {row.slot_padding:.1%} in slot padding: documents are short for it")
     return found
-
-
-def parameters(config: Mapping) -> int:
-    """Parameters of a decoder by its Hugging Face config: embeddings, attention, feed-forward or experts, norms."""
-    text = config.get("text_config", config)
-    hidden, layers, vocab = text["hidden_size"], text["num_hidden_layers"], text["vocab_size"]
-    total = vocab * hidden * (1 if text.get("tie_word_embeddings") else 2) + hidden
-    return total + sum(_layer(text, layer) for layer in range(layers))
-
-
-def _layer(text: Mapping, layer: int) -> int:
-    hidden, heads = text["hidden_size"], text["num_attention_heads"]
-    kv_heads, head_dim = text.get("num_key_value_heads") or heads, text.get("head_dim") or hidden // heads
-    attention = hidden * head_dim * 2 * (heads + kv_heads)
-    experts = text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 0
-    dense = 3 * hidden * text["intermediate_size"]
-    if not experts or layer < text.get("first_k_dense_replace", 0) or layer in text.get("mlp_only_layers", ()):
-        return attention + dense + 2 * hidden
-    width = text.get("moe_intermediate_size") or text["intermediate_size"]
-    shared = (text.get("n_shared_experts") or 0) * width + (text.get("shared_expert_intermediate_size") or 0)
-    return attention + 3 * hidden * (experts * width + shared) + hidden * experts + 2 * hidden
-
-
-def memory(config: Mapping, tokens: int, gpus: int) -> dict[str, int]:
-    """Estimated bytes of one GPU that holds `tokens` of a row, with FSDP over all GPUs.
-
-    states: float32 parameters, gradients and both moments of AdamW, sharded (16 bytes a parameter). gathered: two
-    layers in bf16 (one in use, one on its way) and the head. activations: with recomputation, one bf16 hidden state a
-    layer and what one layer holds while it runs; logits are computed in chunks and not counted.
-    """
-    text = config.get("text_config", config)
-    hidden, layers = text["hidden_size"], text["num_hidden_layers"]
-    widest = max(_layer(text, layer) for layer in (0, layers - 1))
-    inside = 6 * hidden + 4 * text["intermediate_size"]
-    value = {
-        "states": 16 * parameters(config) // gpus,
-        "gathered": 2 * (2 * widest + text["vocab_size"] * hidden) if gpus > 1 else 0,
-        "activations": 2 * tokens * (layers * hidden + inside),
-    }
-    return {**value, "total": sum(value.values())}

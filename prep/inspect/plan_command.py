@@ -14,6 +14,19 @@ from prep.options import FOLDER, Listed, as_json, echo_json
 @click.option("--sample-mb", default=8, show_default=True, help="Raw input that is read at most, in MB.")
 @click.option("--model", type=FOLDER, help="Folder with the model's config.json: adds memory, compute and straggler.")
 @click.option("--gpus", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--pp", default=1, show_default=True, type=click.IntRange(min=1), help="Pipeline stages.")
+@click.option("--dp-replicate", default=1, show_default=True, type=click.IntRange(min=1), help="Replicas (HSDP).")
+@click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="Tensor-parallel ranks.")
+@click.option("--ep", default=1, show_default=True, type=click.IntRange(min=1), help="Expert-parallel ranks.")
+@click.option("--micro-packs", default=1, show_default=True, type=click.IntRange(min=1), help="Packs in a row.")
+@click.option(
+    "--recompute",
+    default="full",
+    show_default=True,
+    type=click.Choice(["none", "selective", "full"]),
+    help="As in train.",
+)
+@click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--batch-tokens", default=1 << 20, show_default=True, help="Tokens of an optimizer step.")
 @click.option("--peak-tflops", default=989.0, show_default=True, help="Of one GPU, in bf16 (H100).")
 @click.option("--mfu", default=0.4, show_default=True, help="Share of the peak that is reached.")
@@ -26,7 +39,7 @@ def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, as_json, **s
 
     \b
     prep plan chats.jsonl --tokenizer model/ --seq-len 2048,4096,8192
-    prep plan packed.store --seq-len 8192 --algo bfd,best --cp 1,8 --model model/ --gpus 64 --batch-tokens 4194304
+    prep plan packed.store --seq-len 8192 --algo bfd --cp 8 --model model/ --gpus 64 --tp 2 --batch-tokens 4194304
     """
     import json
 

@@ -29,9 +29,15 @@ def make_report(
         PackOptions(slot_alignment(cp), cp=cp).check()
     if not any(n % slot_alignment(cp) == 0 for n in seq_lens for cp in cps):
         raise ValueError(f"no --seq-len of {seq_lens} is a multiple of 2·cp for any --cp of {cps}")
+    fitting = [cp for cp in cps if setup.fits(cp)]
+    if not fitting:
+        setup.width(cps[0])  # says why
     read = read_lengths(inputs, tokenizer, sample_bytes)
     rows = table(read.lengths, algos, seq_lens, cps, _cost(setup))
-    best = [max((r for r in rows if r.seq_len == n), key=lambda r: r.fill, default=None) for n in seq_lens]
+    best = [
+        max((r for r in rows if r.seq_len == n and r.cp in fitting), key=lambda r: r.fill, default=None)
+        for n in seq_lens
+    ]
     training = []
     for row in (r for r in best if r is not None):
         value = forecast(row, read.lengths, read.scale, setup)
@@ -106,7 +112,14 @@ _RUN_ROWS = (
     ("padding", lambda t: f"{t['padding_share']:.2%}"),
     ("slowest rank over mean", lambda t: f"{t['straggler']:.3f}" if "straggler" in t else ""),
     ("parameters", lambda t: f"{t['parameters'] / 1e9:.3f} B" if "parameters" in t else ""),
-    ("memory a GPU (estimate)", lambda t: f"{t['memory_gib']['total']:.1f} GiB" if "memory_gib" in t else ""),
+    (
+        "memory a GPU at its highest (estimate)",
+        lambda t: f"{t['memory_gib']['total']:.1f} GiB" if "memory_gib" in t else "",
+    ),
+    *(
+        (f"  {name}", lambda t, name=name: f"{t['memory_gib'][name]:.1f} GiB" if "memory_gib" in t else "")
+        for name in ("parameters", "optimizer", "gradients", "gathered", "activations", "working")
+    ),
     ("PFLOPs an epoch", lambda t: f"{t['petaflops_per_epoch']:,.1f}" if "petaflops_per_epoch" in t else ""),
     ("GPU hours an epoch", lambda t: f"{t['gpu_hours_per_epoch']:,.2f}" if "gpu_hours_per_epoch" in t else ""),
     ("shards on disk", lambda t: f"{t['shard_bytes'] / 1e9:,.3f} GB"),

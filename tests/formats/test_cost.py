@@ -84,3 +84,15 @@ def test_nested_config_and_missing_field():
     broken = {k: v for k, v in DENSE.items() if k != "intermediate_size"}
     with pytest.raises(ValueError, match="has no 'intermediate_size', which its cost needs"):
         Model.from_config(broken)
+
+
+def test_latent_attention_by_hand():
+    """DeepSeek-V3 at toy size, every product written out."""
+    config = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=100)
+    config |= dict(kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3)
+    keys_values = 16 * (6 + 2) + 6 * 2 * (4 + 3)
+    rest = 2 * 3 * 16 + 3 * 16 * 24 + 16 * 100
+    for rank, queries in ((5, 16 * 5 + 5 * 2 * 6), (None, 16 * 2 * 6)):
+        model = Model.from_config({**config, "q_lora_rank": rank})
+        assert model.linear == 2 * (keys_values + queries + rest)
+        assert model.pair == 2 * 2 * (4 + 2) + 2 * 2 * 3

@@ -1,6 +1,7 @@
 """Shards, manifest and index: what is written comes back, views are read-only, damage is named."""
 
 import json
+import random
 
 import datasets
 import numpy as np
@@ -108,7 +109,7 @@ def test_any_flipped_bit_of_a_pack_is_found(folder):
 
 def test_every_file_is_compared_with_its_checksum(folder):
     PackedDataset(folder).check_files()
-    for name in ("shards/00001.arrow", "packs.arrow"):
+    for name in ("shards/00000.arrow", "shards/00001.arrow"):
         path = folder / name
         whole = path.read_bytes()
         middle = len(whole) // 2  # data, not the footer that opening reads
@@ -227,3 +228,58 @@ def test_a_failed_replacement_keeps_the_old_file(tmp_path):
         file.write(b"new")
         raise RuntimeError
     assert target.read_bytes() == b"old"
+
+
+def contents(folder):
+    """All that a reader takes from a folder, each pack compared with its hash first."""
+    dataset = PackedDataset(folder)
+    packs = []
+    for i in range(len(dataset)):
+        dataset.check(i)
+        packs.append([column.tobytes() for column in dataset[i]])
+    index = dataset.index
+    columns = [index.shard, index.row, index.documents, index.tokens, index.target_tokens, index.max_seqlen]
+    return packs, [c.tobytes() for c in (*columns, index.sum_sq, index.xxh3, *map(index.padded, (2, 16, 128)))]
+
+
+@pytest.mark.parametrize("kind", ["thd", "seqid"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, rows, kind):
+    """Anywhere in any file: a reader that compares packs with their hashes (the trainer's default) sees what was
+    written, or a sentence that names the file. Bytes that mean nothing (Arrow's alignment) may be damaged unseen, but
+    not by a reader that compares whole files."""
+    folder = make_shards(tmp_path / "packed", rows, capacity=CAPACITY, align=4, cp=2, kind=kind)
+    truth, draw, unseen = contents(folder), random.Random(3), 0
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files * 40:
+        whole = path.read_bytes()
+        bit = draw.randrange(8 * len(whole))
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = contents(folder)
+        except ValueError as error:
+            refusal = str(error)
+        else:
+            assert found == truth, f"bit {bit} of {path.name}"
+            unseen += 1
+            with pytest.raises(ValueError) as caught:  # noqa: PT011 (the name is asserted below)
+                PackedDataset(folder).check_files()
+            refusal = str(caught.value)
+        assert path.name in refusal, f"bit {bit} of {path.name}: {refusal}"
+        path.write_bytes(whole)
+    assert contents(folder) == truth
+    assert 0 < unseen < len(files) * 20
+
+
+def test_shards_swapped_or_too_many_are_refused(folder):
+    first, second = sorted((folder / "shards").iterdir())[:2]
+    (folder / "shards" / "00999.arrow").write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=r"00999\.arrow: not part of these shards"):
+        PackedDataset(folder)
+    (folder / "shards" / "00999.arrow").unlink()
+    held = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(held)
+    with pytest.raises(ValueError, match=r"0000[01]\.arrow"):
+        contents(folder)
