@@ -85,7 +85,13 @@ def pack_inputs(
     for name, rows in parts.items():
         # Held-out packs are read from first to last, never permuted, and none is left out.
         chosen = replace(options, order="input", drop_last=False) if name == "eval" else options
-        plans.append((name, rows, chosen, make_plan(store.lengths[rows], rows, chosen)))
+        try:
+            plans.append((name, rows, chosen, make_plan(store.lengths[rows], rows, chosen)))
+        except ValueError as error:
+            if encoding is None:
+                raise
+            # The encoding is done and need not be repeated: say where it lies.
+            raise ValueError(f"{error}; the token ids are kept, go on from them: prep pack {store.path} …") from None
         if plans[-1][3].certificate:
             progress.say(f"{name} packs: {plans[-1][3].certificate}")
         if plans[-1][3].num_packs == 0:

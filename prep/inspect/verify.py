@@ -1,6 +1,5 @@
 """Is a packed folder what was written? Everything that is wrong is found and named; nothing is changed."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from formats.dataset import INDEX_NAME, PackedDataset, ThdPack, read_index
 from formats.layout import check_thd, seqid_to_thd, thd_to_seqid
 from formats.manifest import MANIFEST_NAME, Manifest, fingerprint, read_manifest
 from formats.schema import FORMAT_VERSION
-from formats.shard import TEMPORARY_SUFFIX, Shard, file_digest, pack_digest
+from formats.shard import TEMPORARY_SUFFIX, Shard, file_digest, pack_digest, read_json
 from prep.ledger import LEDGER_NAME, Ledger
 from prep.materialize import pack_columns
 
@@ -42,8 +41,8 @@ def verify(folder: Path, *, deep: bool = False) -> Verdict:
     for check in (_index, _ledger, *([_packs] if deep else [])):
         try:
             problems += check(folder, manifest)
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{folder}: {error}")
+        except ValueError as error:  # the readers name the file
+            problems.append(str(error))
     checked += ["index, shards and totals agree", "fingerprint", "ledger sums"]
     if deep:
         checked.append(f"every row of {manifest.totals['packs']} packs")
@@ -122,15 +121,17 @@ def _index(folder: Path, manifest: Manifest) -> list[str]:
 
 def _ledger(folder: Path, manifest: Manifest) -> list[str]:
     path = folder / LEDGER_NAME
-    value = json.loads(path.read_bytes())
-    ledger = Ledger.from_json(value)
+    value = read_json(path)
     try:
+        ledger = Ledger.from_json(value)
         ledger.check()
-    except ValueError as error:
-        return [f"{path}: {error}"]
+        total = value["total"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = error if isinstance(error, ValueError) else "is not a ledger; restore it from a copy or pack again"
+        return [f"{path}: {what}"]
     problems = []
     kept = ledger.total()["kept"]
-    if value["total"] != ledger.to_json()["total"]:
+    if total != ledger.to_json()["total"]:
         problems.append(f"{path}: its total is not the sum of its sources; restore it from a copy")
     for unit in ("documents", "tokens"):
         if kept[unit] != manifest.totals.get(unit, kept[unit]):

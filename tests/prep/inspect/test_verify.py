@@ -160,6 +160,18 @@ def damage_ledger_sum(folder):
     return "does not agree"
 
 
+def damage_ledger_that_is_no_json(folder):
+    (folder / "ledger.json").write_text("{")
+    relist(folder, "ledger.json")
+    return "ledger.json: not readable as JSON"
+
+
+def damage_ledger_of_something_else(folder):
+    (folder / "ledger.json").write_text("[1]")
+    relist(folder, "ledger.json")
+    return "ledger.json: is not a ledger"
+
+
 def damage_unlisted_index(folder):
     forge(folder, lambda m: m.update(files=[e for e in m["files"] if e["name"] != "packs.arrow"]))
     return "lists no packs.arrow"
