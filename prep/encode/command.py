@@ -15,7 +15,7 @@ from prep.options import Size, as_json, echo_json
 @click.argument("inputs", nargs=-1)
 @click.option("--out", required=True, help="Folder of the document store, or an address such as s3://bucket/store.")
 @click.option("--tokenizer", required=True, help="Folder or address with tokenizer.json and the chat template.")
-@click.option("--mix", type=click.Path(), help="YAML of sources with paths, format, template, weight, repeat, limit.")
+@click.option("--mix", type=click.Path(), help="YAML of sources: name, paths, format, template, columns, weight …")
 @click.option("--input-format", help="jsonl, json, parquet, arrow, csv, tsv, text; default: by the ending of the name.")
 @click.option(
     "--text-by", default="line", show_default=True, help="A plain text's document: line, paragraph, document."
@@ -25,21 +25,47 @@ from prep.options import Size, as_json, echo_json
 )
 @click.option("--chat-template", help="A Jinja file or chatml, llama3, gemma, phi, mistral, qwen, deepseek, plain.")
 @click.option("--template-date", help="YYYY-MM-DD, for templates that write today's date.")
-@click.option("--train-on", default="assistant", show_default=True, type=click.Choice(TRAIN_ON))
+@click.option(
+    "--train-on",
+    default="assistant",
+    show_default=True,
+    type=click.Choice(TRAIN_ON),
+    help="Turns that are trained: the assistant's, its last, those behind the last message of others, or all text.",
+)
 @click.option("--train-role", "roles", multiple=True, help="Roles whose turns are trained; default: assistant.")
-@click.option("--end-of-turn", default="turn", show_default=True, type=click.Choice(END_OF_TURN))
+@click.option(
+    "--end-of-turn",
+    default="turn",
+    show_default=True,
+    type=click.Choice(END_OF_TURN),
+    help="Ends that are trained: of each trained turn, of all turns, of the last trained turn, or none.",
+)
 @click.option("--keep-untrained", is_flag=True, help="Keep documents without a single target token.")
 @click.option("--allow-special", is_flag=True, help="Control tokens inside the texts of records count as such.")
-@click.option("--tokenizer-engine", "engine", default="auto", show_default=True, type=click.Choice(ENGINES))
+@click.option(
+    "--tokenizer-engine",
+    "engine",
+    default="auto",
+    show_default=True,
+    type=click.Choice(ENGINES),
+    help="hf: Hugging Face tokenizers; fast: fastokens, compared with hf on a sample; auto: fast where it can.",
+)
 @click.option("--on-error", default="stop", show_default=True, type=click.Choice(ON_ERROR), help="At a bad record.")
 @click.option("--max-errors", help="Bad records that may be skipped: a count, or a percentage like 0.5%.")
-@click.option("--dedup", default="none", show_default=True, type=click.Choice(DEDUP))
+@click.option("--dedup", default="none", show_default=True, type=click.Choice(DEDUP), help="Keep the first of equals.")
 @click.option(
     "--unit-bytes", default="4M", show_default=True, type=Size(), help="Input of a work unit, e.g. 4M; 64M for s3://…"
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the cores of this machine.")
 @click.option("--unit-range", metavar="I/N", help="Do only part I (from 1) of N: one task of a Slurm array.")
-@click.option("--engine", "runner", default="local", show_default=True, type=click.Choice(["local", "ray"]))
+@click.option(
+    "--engine",
+    "runner",
+    default="local",
+    show_default=True,
+    type=click.Choice(["local", "ray"]),
+    help="Who runs the work units: processes of this machine, or a Ray cluster. The bytes are the same.",
+)
 @click.option("--ray-address", help="Address of a Ray cluster; default: start one on this machine.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run with the same options stopped.")
 @click.option("--quiet", is_flag=True, help="No progress; errors only.")

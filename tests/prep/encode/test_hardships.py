@@ -106,6 +106,18 @@ def test_an_input_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(tmp
     assert documents(run([path], tmp_path / "s", byte_level, unit_bytes=500, resume=True)) == whole
 
 
+def test_an_input_that_changes_while_it_is_read_leaves_nothing(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"number {k}"} for k in range(300)])
+
+    def append(_):
+        with open(path, "a") as file:
+            file.write('{"text": "late"}\n')
+
+    with pytest.raises(ValueError, match=r"a\.jsonl: changed while it was read"):
+        run([path], tmp_path / "s", byte_level, unit_bytes=500, progress=append)
+    assert not (tmp_path / "s").exists()
+
+
 def test_another_library_version_is_refused_by_name(tmp_path, byte_level):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x y z"}])
     run([path], tmp_path / "s", byte_level)
