@@ -206,11 +206,11 @@ COMBINATIONS = (
     ),
     Combination("compiled blocks, context parallelism", {"compile": True, "cp": 2}, "tests/dist/test_compile.py"),
     Combination(
-        "compiled blocks, needed keys only",
+        "compiled blocks, only some keys exchanged",
         {"compile": True, "cp": 2, "cp_method": "needed"},
-        "--compile needs the same shapes in every row, and --cp-method needed sends another number of keys for each: "
-        "take gather or ulysses, or leave --compile out",
-        lambda c: c.model.compile and c.layout.cp > 1 and c.layout.cp_method == "needed",
+        "--compile needs the same shapes in every row, and --cp-method {cp_method} sends another number of keys for "
+        "each: take gather or ulysses, or leave --compile out",
+        lambda c: c.model.compile and c.layout.cp > 1 and c.layout.cp_method in ("needed", "ring"),
     ),
     Combination("weights gathered ahead, or kept", {"prefetch": 2, "reshard": False}, "tests/dist/test_parity.py"),
     Combination("parameters in host memory", {"cpu_offload": True}, "tests/dist/test_parity.py"),
