@@ -4,7 +4,7 @@ A router's balancing loss is nonlinear in the tokens, so it is computed per pack
 of ranks, of packs in a row and of rows in a step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +40,10 @@ class TokenPacks:
     @property
     def count(self) -> int:
         return len(self.tokens)
+
+    def of(self, tokens: slice) -> "TokenPacks":
+        """Those of some of the tokens."""
+        return replace(self, pack=self.pack[tokens])
 
     @property
     def is_real(self) -> Tensor:

@@ -113,7 +113,7 @@ def step(model_dir, shards, config, dtype):
     model.to_empty(device=device)
     hf.load_weights(model, model_dir)
     schedule = Schedule(len(dataset), "shuffle", 0, 1, config.data.batch_packs, config.data.micro_packs)
-    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest)
+    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest, config.layout.sequence)
     loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device, cut=cut)
     facts = loader.next_step()
     share = accumulate_gradients(model, loader.rows(), loader.row_count, facts.target_tokens)
@@ -166,9 +166,14 @@ CASES = {
         case(2, cp=2),
         case(2, cp=2, cp_method="needed", family="gpt_oss"),
         case(2, cp=2, cp_method="ulysses", shards="packed for 2"),
+        case(2, cp=2, cp_method="ring", shards="packed for 2", family="gpt_oss"),
         case(1, cp=2, shards="packed for 2", micro=2, recompute="selective"),
     ],
     4: [
+        case(2, tp=2),
+        case(4, tp=2, family="gpt_oss", recompute="full"),
+        case(1, tp=2, cp=2, family="qwen2_moe", dtype=torch.float32),
+        case(2, tp=2, cp=2, micro=2),
         case(4),
         case(4, dtype=torch.float32, family="mixtral"),
         case(2),

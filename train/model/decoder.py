@@ -17,6 +17,7 @@ from train.attention.choose import BACKENDS, varlen_attention
 from train.attention.interface import Segments
 from train.loss import linear_cross_entropy
 from train.model.config import LayerConfig, ModelConfig
+from train.model.held import held
 from train.model.mla import LatentAttention
 from train.model.mlp import Mlp
 from train.model.moe import MixtureOfExperts
@@ -72,7 +73,7 @@ class Attention(nn.Module):
         v_TKH = self._heads(self.v_proj(x_TD), None)
         if rope is not None:
             q_TNH, k_TKH = apply_rope(q_TNH, *rope), apply_rope(k_TKH, *rope)
-        return self.o_proj(self.core(q_TNH, k_TKH, v_TKH, segments, sinks_N=self.sinks).flatten(1))
+        return self.o_proj(self.core(q_TNH, k_TKH, v_TKH, segments, sinks_N=held(self.sinks)).flatten(1))
 
     def _heads(self, x: Tensor, norm: Norm | None) -> Tensor:
         if norm is not None and not self.norm_heads:

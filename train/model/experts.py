@@ -5,11 +5,13 @@ expert e are `ends_E[e-1]:ends_E[e]`; rows from `ends_E[-1]` on belong to none: 
 neither forward nor backward, and touches no weight's gradient.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from train.model.config import MoeConfig
+from train.model.held import held
 from train.model.mlp import activate
 
 
@@ -40,19 +42,14 @@ class Experts(nn.Module):
         return self._project(inner_RF, "down_proj", ends_E)
 
     def _project(self, x: Tensor, name: str, ends_E: Tensor) -> Tensor:
-        out = grouped_linear(x, _held(getattr(self, name)), ends_E)
+        out = grouped_linear(x, held(getattr(self, name)), ends_E)
         bias = getattr(self, f"{name}_bias")
         if bias is None:
             return out
         rows = torch.arange(len(x), dtype=ends_E.dtype, device=x.device)
         expert_R = torch.searchsorted(ends_E, rows, right=True)
         nobody = torch.zeros_like(out[:0]).new_zeros(1, out.shape[1])  # rows of no expert touch no bias
-        return out + torch.cat((_held(bias), nobody)).index_select(0, expert_R)
-
-
-def _held(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: with expert parallelism the experts of a DTensor that are its own."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return out + torch.cat((held(bias), nobody)).index_select(0, expert_R)
 
 
 def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
@@ -67,8 +64,8 @@ def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("meshpack::grouped_linear", mutates_args=())
 def _loop(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    out_RF = x_RD.new_zeros(len(x_RD), weight_EFD.shape[1])
-    for e, rows in _groups(ends_E):
+    out_RF = x_RD.new_empty(len(x_RD), weight_EFD.shape[1])
+    for e, rows in enumerate(_groups(ends_E)):
         torch.mm(x_RD[rows], weight_EFD[e].t(), out=out_RF[rows])
     return out_RF
 
@@ -76,17 +73,16 @@ def _loop(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
 @torch.library.custom_op("meshpack::grouped_linear_backward", mutates_args=())
 def _loop_backward(grad_RF: Tensor, x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
     grad_RF = grad_RF.contiguous()  # may arrive expanded
-    grad_x, grad_weight = torch.zeros_like(x_RD), torch.zeros_like(weight_EFD)
-    for e, rows in _groups(ends_E):
+    grad_x, grad_weight = torch.empty_like(x_RD), torch.empty_like(weight_EFD)
+    for e, rows in enumerate(_groups(ends_E)):
         torch.mm(grad_RF[rows], weight_EFD[e], out=grad_x[rows])
-        torch.mm(grad_RF[rows].t(), x_RD[rows], out=grad_weight[e])
+        torch.mm(grad_RF[rows].t(), x_RD[rows], out=grad_weight[e])  # no rows: 0
     return grad_x, grad_weight
 
 
-def _groups(ends_E: Tensor) -> list[tuple[int, slice]]:
-    """(expert, its rows) of the experts that have rows."""
-    ends = [0, *ends_E.tolist()]
-    return [(e, slice(ends[e], ends[e + 1])) for e in range(len(ends) - 1) if ends[e + 1] > ends[e]]
+def _groups(ends_E: Tensor) -> list[slice]:
+    """The rows of each expert, perhaps none."""
+    return [slice(start, stop) for start, stop in itertools.pairwise((0, *ends_E.tolist()))]
 
 
 @_loop.register_fake

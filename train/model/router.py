@@ -51,8 +51,9 @@ class Router(nn.Module):
         """(experts int64[T, K], weights [T, K]), in at least float32; experts of padding are E, its weights 0."""
         E, K = self.config.num_experts, self.config.top_k
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(wide)
-        logits_TE = nn.functional.linear(x_TD.to(wide), self.weight.to(wide), bias)
+        weight_ED, bias_E = self.projection()
+        bias_E = None if bias_E is None else bias_E.to(wide)
+        logits_TE = nn.functional.linear(x_TD.to(wide), weight_ED.to(wide), bias_E)
         scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
         with torch.no_grad():
             chosen_TK = self._eligible(scores_TE).topk(K, sorted=False).indices
@@ -65,6 +66,10 @@ class Router(nn.Module):
         if self.training and torch.is_grad_enabled():
             weights_TK = self._balance(weights_TK, chosen_TK, scores_TE, logits_TE, packs)
         return chosen_TK, weights_TK
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, whole."""
+        return self.weight, self.bias
 
     def _eligible(self, scores_TE: Tensor) -> Tensor:
         """The scores by which experts are chosen."""

@@ -54,8 +54,8 @@ def apply_ep(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
             continue
         router = block.mlp.router
         router.aux_coefficient, router.z_coefficient = balancing.router_aux_loss, balancing.router_z_loss
-        if mesh.cp_size > 1:
-            router.pack_groups = (*router.pack_groups, mesh.root.get_group("cp"))
+        spread = [axis for axis in ("cp", "tp") if mesh.root[axis].size() > 1]
+        router.pack_groups = tuple(mesh.root.get_group(axis) for axis in spread)
         if size > 1:
             for name, parameter in list(block.mlp.experts.named_parameters()):
                 placed = distribute_tensor(parameter.data, mesh.experts["ep"], [Shard(0)], src_data_rank=None)

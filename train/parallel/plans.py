@@ -24,6 +24,21 @@ POST_NORMS = {"layers.*.attention_post_norm": "stream", "layers.*.mlp_post_norm"
 HEAD_NORMS = {"layers.*.attention.q_norm": "whole", "layers.*.attention.k_norm": "whole"}
 # Over all heads of a projection, which lie on different ranks.
 PROJECTION_NORMS = {"layers.*.attention.q_norm": "features", "layers.*.attention.k_norm": "kv"}
+# Routers and shared experts see the tokens of the stream; the experts themselves are placed by train.parallel.ep.
+MIXTURE = {
+    "layers.*.mlp.router": "stream",
+    "layers.*.mlp.shared.*": "stream",
+    "layers.*.mlp.shared_gate": "stream",
+}
+# Every rank computes the latents, and of them its heads.
+LATENT = {
+    "layers.*.attention.q_a_proj": "whole",
+    "layers.*.attention.q_a_norm": "whole",
+    "layers.*.attention.q_b_proj": "column",
+    "layers.*.attention.kv_a_proj": "whole",
+    "layers.*.attention.kv_a_norm": "whole",
+    "layers.*.attention.kv_b_proj": "column",
+}
 _NO_PRE_NORMS = {pattern: style for pattern, style in DENSE.items() if not pattern.endswith("_norm")}
 
 PLANS = {
@@ -36,4 +51,9 @@ PLANS = {
     "phi3": DENSE,
     "smollm3": DENSE,
     "olmo2": _NO_PRE_NORMS | POST_NORMS | PROJECTION_NORMS,
+    "mixtral": DENSE | MIXTURE,
+    "qwen2_moe": DENSE | MIXTURE,
+    "qwen3_moe": DENSE | MIXTURE | HEAD_NORMS,
+    "deepseek_v3": DENSE | MIXTURE | LATENT,
+    "gpt_oss": DENSE | MIXTURE,
 }

@@ -15,13 +15,15 @@ that comes in, so a module with whole weights inside a row needs nothing but the
 | style      | modules                       | weights   | from → to                                          |
 |------------|-------------------------------|-----------|----------------------------------------------------|
 | `gather`   | Attention, Mlp                |           | stream → stream, as their parts do in between      |
+|            | mixture of experts            |           | stream → stream; the experts are ep's              |
 | `column`   | linear                        | Shard(0)  | row → features                                     |
 | `kv`       | linear, norm over all heads   | Shard(0)  | `column`, `features`; where there are fewer        |
 |            |                               | or whole  | key/value heads than ranks, some have the same one |
 | `row`      | linear                        | Shard(1)  | features → summands → stream                       |
 | `features` | norm over all heads           | Shard(0)  | features → features                                |
 | `vocab`    | embedding, head               | Shard(0)  | ids → summands → stream; stream → row → loss       |
-| `stream`   | norm, linear, embedding, head | whole     | stream → stream                                    |
+| `stream`   | norm, linear, embedding, head,| whole     | stream → stream                                    |
+|            | router                        |           |                                                    |
 |            | Mlp                           |           | the same for all its parts                         |
 | `whole`    | norm, linear                  | whole     | row → row, or features of a head                   |
 |            | Attention, Mlp                |           | stream → row → stream: every rank does all work    |
@@ -46,8 +48,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from train.loss import VocabPart, linear_cross_entropy
 from train.model.config import ModelConfig
 from train.model.decoder import Attention, Head
+from train.model.mla import LatentAttention
 from train.model.mlp import Mlp
+from train.model.moe import MixtureOfExperts
 from train.model.norm import Norm
+from train.model.router import Router
+from train.packs import TokenPacks
 from train.parallel.collectives import all_gather, all_reduce, copy_to_all, reduce_scatter, sum_to_all
 
 
@@ -319,6 +325,37 @@ class StreamHead(nn.Module):
         return sum_to_all(loss, self.axis.group) if self.axis.sequence else loss
 
 
+class WholeRouter(Router):
+    """A router with whole weights, for the tokens of the stream."""
+
+    def __init__(self, router: Router, site: Site):
+        nn.Module.__init__(self)
+        vars(self).update({name: value for name, value in vars(router).items() if name not in vars(self)})
+        self.grad = site.axis.stream_grad
+        self.weight, self.bias = (site.place(router, name, Replicate()) for name in ("weight", "bias"))
+        self.register_buffer("correction_bias", router.correction_bias)
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        return local(self.weight, Replicate(), self.grad), local(self.bias, Replicate(), self.grad)
+
+
+def _mixture(mixture: MixtureOfExperts, site: Site) -> nn.Module:
+    """Experts are not cut over tensor ranks, which use them as data ranks do, each for its own tokens of the stream."""
+    axis = site.axis
+    if not axis.sequence:
+        raise ValueError(
+            "--no-sp: in a mixture of experts every tensor rank routes tokens of its own, which only sequence "
+            "parallelism gives it; leave --no-sp out"
+        )
+
+    def own_packs(_: nn.Module, args: tuple[Tensor, TokenPacks]) -> tuple[Tensor, TokenPacks]:
+        x_TD, packs = args
+        return x_TD, packs.of(slice(axis.rank * len(x_TD), (axis.rank + 1) * len(x_TD)))
+
+    mixture.register_forward_pre_hook(own_packs)
+    return mixture
+
+
 def _own_kv_head(site: Site) -> slice:
     """Rows of the one key/value head that this rank's queries use, where there are fewer heads than ranks."""
     head, width = site.axis.rank * site.config.num_kv_heads // site.axis.size, site.config.head_dim
@@ -339,7 +376,7 @@ def _gather(module: nn.Module, site: Site) -> nn.Module:
     return module
 
 
-def _gather_attention(attention: Attention, site: Site) -> nn.Module:
+def _gather_attention(attention: Attention | LatentAttention, site: Site) -> nn.Module:
     heads, kv_heads, size = site.config.num_heads, site.config.num_kv_heads, site.axis.size
     if heads % size or (kv_heads % size and size % kv_heads):
         raise ValueError(
@@ -347,6 +384,8 @@ def _gather_attention(attention: Attention, site: Site) -> nn.Module:
             "--tp that divides the query heads and divides the key/value heads or is a multiple of them, or compute "
             f"attention whole on every rank with --tp-plan '{site.name}=whole'"
         )
+    if isinstance(attention, Attention):
+        attention.sinks = site.place(attention, "sinks", Shard(0))
     return _gather(attention, site)
 
 
@@ -364,7 +403,12 @@ def _on_row(cls: type) -> Callable[[nn.Module, Site], nn.Module]:
 
 
 STYLES: dict[str, dict[type, Callable[[nn.Module, Site], nn.Module]]] = {
-    "gather": {Attention: _gather_attention, Mlp: _gather},
+    "gather": {
+        Attention: _gather_attention,
+        LatentAttention: _gather_attention,
+        Mlp: _gather,
+        MixtureOfExperts: _mixture,
+    },
     "column": {nn.Linear: ColumnLinear},
     "kv": {nn.Linear: _kv_linear, Norm: _kv_norm},
     "row": {nn.Linear: RowLinear},
@@ -376,6 +420,7 @@ STYLES: dict[str, dict[type, Callable[[nn.Module, Site], nn.Module]]] = {
         nn.Embedding: StreamEmbedding,
         Head: StreamHead,
         Mlp: lambda module, site: module,
+        Router: WholeRouter,
     },
     "whole": {Norm: _on_row(WholeNorm), nn.Linear: _on_row(WholeLinear), Attention: _whole, Mlp: _whole},
 }

@@ -55,6 +55,8 @@ def apply_tp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
         module = model.get_submodule(name)
         setattr(model.get_submodule(owner), leaf, STYLES[style][type(module)](module, Site(name, axis, model.config)))
     for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:  # not of this mesh (train.parallel.ep)
+            continue
         if not isinstance(parameter, DTensor):
             raise ValueError(
                 f"--tp: the plan of {model.config.family} models gives {name} no style; add one with --tp-plan"
