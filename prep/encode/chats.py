@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from prep.encode.direct import DirectRenderer, only_frames
+from prep.encode.direct import DirectRenderer, Framed, only_frames
 from prep.encode.masks import Rendering, complement
 from prep.encode.options import MaskPolicy
 from prep.encode.templates import ChatTemplate, MarkedChat, TemplateMismatchError
@@ -54,19 +54,21 @@ class ChatRenderer:
         finally:
             self._direct = direct
 
-    def render(self, messages: Sequence[dict], tools: Sequence | None, guard: bool = True) -> Rendering:
+    def render(self, messages: Sequence[dict], tools: Sequence | None, guard: bool = True) -> Rendering | Framed:
         """A chat as text with the spans to train on. `guard`: control tokens in the words of the chat are text.
 
         Raises:
             ValueError: the template refuses the chat, or its words cannot be located in the rendering.
         """
-        if self._direct is not None and tools is None:
-            rendering = self._direct.render(messages)
-            if rendering is not None:
-                if not guard:
-                    rendering.controls = None
-                return rendering
-        return self.render_marked(messages, tools, guard)
+        rendering = self.render_directly(messages, guard) if tools is None else None
+        return rendering or self.render_marked(messages, tools, guard)
+
+    def render_directly(self, messages: Sequence, guard: bool = True) -> Framed | None:
+        """The same without Jinja, for messages that nobody has looked at yet; None where only Jinja can tell."""
+        rendering = self._direct.render(messages) if self._direct is not None else None
+        if rendering is not None and not guard:
+            rendering.controls = None
+        return rendering
 
     def render_marked(self, messages: Sequence[dict], tools: Sequence | None, guard: bool = True) -> Rendering:
         """The same through Jinja, always."""

@@ -7,10 +7,12 @@ compares, searches or cuts decides which contents must go through Jinja, and any
 decides that all must. Work units check a sample of their chats against Jinja on top.
 """
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain, product
 
+import numpy as np
 from jinja2 import nodes
 
 from prep.encode.masks import Rendering
@@ -49,16 +51,69 @@ class Inspection:
 
 @dataclass(slots=True)
 class _Frame:
-    """The fixed text of one order of roles: `literals` before, between and behind the contents."""
+    """The fixed text of one order of roles."""
 
-    literals: list[str]
-    spans: list[tuple[int, int, int, int]]
-    """(content after which the start counts, characters from there, the same for the end) of each trained span."""
+    pieces: list[str]
+    """Literals before, between and behind the contents, at even places; the odd ones are for the contents."""
+    sizes: np.ndarray
+    """UTF-8 bytes of each literal, int64[contents + 1]."""
+    spans: np.ndarray
+    """int64[S, 4] of each trained span: contents that end before its start, bytes from there; the same for its end."""
     controls: int | None
     strips: list[bool | None]
     """For each content whether it loses the white space at its edges; None: only Jinja can tell."""
     facts: Mapping[str, int]
     """See `Rendering`."""
+
+
+@dataclass(slots=True)
+class Framed:
+    """A chat rendered directly: a `Rendering` whose trained spans are worked out for many chats at once."""
+
+    text: str
+    frame: _Frame
+    sizes: list[int]
+    """UTF-8 bytes of each content."""
+    controls: int | None
+    literals: None = None
+    around: bool = False
+    eos_is_target: bool = True
+
+    @property
+    def facts(self) -> Mapping[str, int]:
+        """What the ledger notes of it: name → count."""
+        return self.frame.facts
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Character ranges that are trained, ascending and disjoint."""
+        bounds = framed_spans([self], np.zeros(1, np.int64))
+        return list(map(tuple, bounds.tolist() if self.text.isascii() else _characters(self.text, bounds)))
+
+
+def framed_spans(chats: Sequence[Framed], bases: np.ndarray) -> np.ndarray:
+    """Byte ranges that are trained, int64[S, 2], ascending, of chats that begin at `bases` (int64[N]) on one axis."""
+    counts = np.fromiter((len(chat.sizes) for chat in chats), np.int64, len(chats))
+    contents = np.fromiter(chain.from_iterable(chat.sizes for chat in chats), np.int64, int(counts.sum()))
+    # Places of a chat on one flat list: its begin, then the end of each content.
+    first = np.cumsum(counts + 1) - (counts + 1)
+    is_content = np.ones(len(contents) + len(chats), bool)
+    is_content[first] = False
+    literals = np.concatenate([chat.frame.sizes for chat in chats])
+    steps = np.zeros(len(literals), np.int64)
+    before = np.flatnonzero(is_content)
+    steps[before] = literals[before - 1] + contents
+    places = np.cumsum(steps)
+    places += np.repeat(bases - places[first], counts + 1)
+    spans = np.concatenate([chat.frame.spans for chat in chats])
+    shift = np.repeat(first, [len(chat.frame.spans) for chat in chats])
+    return np.stack([places[spans[:, 0] + shift] + spans[:, 1], places[spans[:, 2] + shift] + spans[:, 3]], axis=1)
+
+
+def _characters(text: str, bounds: np.ndarray) -> np.ndarray:
+    """Byte ranges → character ranges."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    return np.concatenate([[0], np.cumsum((data & 0xC0) != 0x80)])[bounds].tolist()
 
 
 class DirectRenderer:
@@ -68,40 +123,36 @@ class DirectRenderer:
         self._frames: dict[tuple, _Frame] = {}
         self._inspection = inspection
 
-    def render(self, messages: Sequence[dict]) -> Rendering | None:
-        """The rendering, or None where the chat is not plain or its order of roles is new."""
-        roles, contents = [], []
-        for message in messages:
-            content = message.get("content")
-            if len(message) != 2 or type(content) is not str:
-                return None
-            roles.append(message["role"])
-            contents.append(content)
-        frame = self._frames.get(tuple(roles))
-        if frame is None:
+    def render(self, messages: Sequence[dict]) -> Framed | None:
+        """The rendering, or None where these are no plain messages or their order of roles is new."""
+        # Chats may be of thousands of short messages: no step here runs Python code for each.
+        try:
+            frame = self._frames.get(tuple([message["role"] for message in messages]))
+            contents = [message["content"] for message in messages]
+        except (KeyError, TypeError):
             return None
-        equal, inside = self._inspection.equal, self._inspection.inside
-        for k, content in enumerate(contents):
-            if not content or content.isspace() or content in equal:
+        if frame is None or set(map(len, messages)) != {2} or set(map(type, contents)) != {str}:
+            return None
+        bare = list(map(str.strip, contents))
+        seen = self._inspection
+        if not all(bare) or not seen.equal.isdisjoint(contents):
+            return None
+        if seen.inside:
+            joined = "\0".join(contents)
+            if any(text in joined for text in seen.inside):
                 return None
-            if content[0].isspace() or content[-1].isspace():
-                strips = frame.strips[k]
-                if strips is None:
-                    return None
-                if strips:
-                    contents[k] = content.strip()
-            for text in inside:
-                if text in content:
-                    return None
-        literals = frame.literals
-        pieces = [literals[0]]
-        for content, literal in zip(contents, literals[1:], strict=True):
-            pieces.append(content)
-            pieces.append(literal)
-        # ends[k]: where content k ends
-        ends = list(accumulate(map(len, pieces)))[1::2]
-        spans = [(ends[a] + b if a >= 0 else b, ends[c] + d if c >= 0 else d) for a, b, c, d in frame.spans]
-        return Rendering("".join(pieces), spans, frame.controls, None, facts=frame.facts)
+        if bare != contents:
+            for k, (stripped, content) in enumerate(zip(bare, contents, strict=True)):
+                if stripped != content:
+                    if frame.strips[k] is None:
+                        return None
+                    if frame.strips[k]:
+                        contents[k] = stripped
+        pieces = frame.pieces.copy()
+        pieces[1::2] = contents
+        text = "".join(pieces)
+        sizes = list(map(len, contents if text.isascii() else map(str.encode, contents)))
+        return Framed(text, frame, sizes, frame.controls)
 
     def _is_plain(self, content: str) -> bool:
         seen = self._inspection
@@ -132,34 +183,38 @@ class DirectRenderer:
         literals.append(chat.text[last:])
         ends = [end for _, _, end in chat.words]
         spans = []
-        for start, end in rendering.spans:
+        for border in chain.from_iterable(rendering.spans):
             # A span may begin at a word's first character: count it from the end of the word before.
-            a = sum(e <= start for e in ends) - 1
-            c = sum(e <= end for e in ends) - 1
-            spans.append((a, start - (ends[a] if a >= 0 else 0), c, end - (ends[c] if c >= 0 else 0)))
-            inside = [s for _, s, e in chat.words if s < start < e or s < end < e]
-            if inside:
+            k = bisect_right(ends, border)
+            distance = border - (ends[k - 1] if k else 0)
+            if distance > len(literals[k]):
                 return  # a border inside a word moves with the word
+            spans += [k, len(literals[k][:distance].encode())]
         strips = _stripping(messages, literals, template)
         for k, message in enumerate(messages):
             # White space at the edges of words is trained with them right after a header; elsewhere words are bare.
             trained = message["role"] == "assistant"
             if not strips[k] and not (header and (not trained or literals[k].endswith(header))):
                 strips[k] = None
-        frame = _Frame(literals, spans, rendering.controls, strips, rendering.facts)
+        pieces = [""] * (2 * len(contents) + 1)
+        pieces[::2] = literals
+        sizes = np.array([len(literal.encode()) for literal in literals], np.int64)
+        frame = _Frame(pieces, sizes, np.array(spans, np.int64).reshape(-1, 4), rendering.controls, strips, rendering.facts)
         self._frames[tuple(message["role"] for message in messages)] = frame
 
 
 def _stripping(messages: Sequence[dict], literals: Sequence[str], template: ChatTemplate) -> list[bool | None]:
     """For each content whether the template strips its edges, found by padding all contents in three ways."""
     found: list[set] = [set() for _ in messages]
+    # What may be left of the padding: any end of it before the content, any beginning of it behind; all or nothing is
+    # what nearly every template leaves.
+    left = sorted(product(range(4), repeat=2), key=lambda ij: ij not in ((0, 3), (3, 0)))
     for pad in ("\n \t", " \t\n", "\t\n "):  # every kind of white space once outermost
+        forms = [(pad[i:], pad[::-1][:j]) for i, j in left]
         padded = [f"{pad}{message['content']}{pad[::-1]}" for message in messages]
         text = template.render([{**m, "content": c} for m, c in zip(messages, padded, strict=True)])
         at = len(literals[0])
         for k, message in enumerate(messages):
-            # What may be left of the padding: any end of it before the content, any beginning of it behind.
-            forms = [(pad[i:], pad[::-1][:j]) for i in range(4) for j in range(4)]
             for before, behind in forms:
                 written = before + message["content"] + behind
                 if text.startswith(written + literals[k + 1], at):

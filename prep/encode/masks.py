@@ -31,10 +31,12 @@ class Rendering:
     facts: Mapping[str, int] = field(default_factory=dict)
 
 
-def byte_spans(text: str, spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-    """Character ranges → byte ranges of the UTF-8 text, in one pass."""
-    if text.isascii():
+def byte_spans(text: str, spans: Sequence[tuple[int, int]], size: int) -> Sequence[tuple[int, int]]:
+    """Character ranges → byte ranges of the UTF-8 text, which has `size` bytes, in one pass."""
+    if size == len(text):
         return spans
+    if len(spans) == 1 and spans[0] == (0, len(text)):
+        return [(0, size)]
     out, position, at = [], 0, 0
     for start, end in spans:
         at += len(text[position:start].encode())
@@ -52,12 +54,18 @@ def target_mask(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int,
         spans: byte ranges, ascending and disjoint.
     """
     bounds = np.asarray(spans, np.int64).reshape(-1, 2)
-    # Of all spans only the first that ends behind the token's start can hold one of its bytes without a later one also
-    # doing so; spans that hold nothing would hide the next.
     bounds = bounds[bounds[:, 0] < bounds[:, 1]]
-    candidate = np.searchsorted(bounds[:, 1], starts, side="right")
-    begins = np.append(bounds[:, 0], np.iinfo(np.int64).max)
-    return ((begins[candidate] < ends) & (starts < ends)).astype(np.uint8)
+    # A span's tokens are those that end behind its start and begin before its end: a range of tokens, as both ascend.
+    edges = np.empty((len(bounds), 2), np.int64)
+    edges[:, 0] = np.searchsorted(ends, bounds[:, 0], side="right")
+    edges[:, 1] = np.searchsorted(starts, bounds[:, 1], side="left")
+    # A token may reach from one span into the next: it is counted once.
+    edges[1:, 0] = np.maximum(edges[1:, 0], edges[:-1, 1])
+    edges[:, 1] = np.maximum(edges[:, 1], edges[:, 0])
+    runs = np.diff(edges.ravel(), prepend=0, append=len(starts))
+    mask = np.repeat(np.arange(len(runs), dtype=np.uint8) & 1, runs)
+    mask &= starts < ends
+    return mask
 
 
 def merge_spans(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

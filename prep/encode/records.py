@@ -19,6 +19,7 @@ import numpy as np
 import orjson
 
 from prep.encode.chats import ChatRenderer
+from prep.encode.direct import Framed
 from prep.encode.masks import Rendering
 from prep.encode.options import MaskPolicy
 from prep.encode.tokenizer import TokenizerFolder
@@ -74,7 +75,7 @@ class RecordReader:
         self._allow_special = allow_special
         self._roles: set[str] = set()  # names that were looked at
 
-    def read(self, record: object) -> Rendering | Tokens:
+    def read(self, record: object) -> Rendering | Framed | Tokens:
         """One record.
 
         Raises:
@@ -114,7 +115,7 @@ class RecordReader:
         mapped = {name: value for name, value in record.items() if name not in taken}
         return mapped | {ours: record[theirs] for ours, theirs in self._columns.items()}
 
-    def _chat(self, messages, tools=None, train_from: int = 0) -> Rendering:
+    def _chat(self, messages, tools=None, train_from: int = 0) -> Rendering | Framed:
         if self._chats is None:
             raise ValueError(
                 f"the record is a chat, but {self._folder.path.name} holds no chat template; "
@@ -123,6 +124,10 @@ class RecordReader:
         messages = _parsed(messages, "messages")
         if type(messages) is not list or not messages:
             raise ValueError("messages must be a list with at least one message")
+        if (tools is None or tools == []) and not train_from:
+            rendering = self._chats.render_directly(messages, guard=not self._allow_special)
+            if rendering is not None:
+                return rendering
         for number, message in enumerate(messages, 1):
             if (
                 type(message) is dict

@@ -14,6 +14,7 @@ How each file is written, in a folder or behind an address, stands in `storage`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,12 +78,7 @@ class UnitWriter:
         rows = len(offsets) - 1
         if rows == 0:
             return
-        bounds = offsets.tolist()
-        hashes = np.empty(rows, np.uint64)
-        for i in range(rows):
-            digest = xxhash.xxh3_64(ids[bounds[i] : bounds[i + 1]].data)
-            digest.update(mask[bounds[i] : bounds[i + 1]].data)
-            hashes[i] = digest.intdigest()
+        hashes = np.array(_document_hashes(ids, mask, offsets.tolist()), np.uint64)
         offsets32 = pa.py_buffer(offsets.astype(np.int32))
         columns = [
             pa.Array.from_buffers(field.type, rows, [None, offsets32], children=[pa.array(values)])
@@ -120,6 +116,17 @@ class UnitWriter:
         )
         write_json(unit_path(self._store, self._index, ".json"), result._asdict())
         return result
+
+
+def _document_hashes(ids: np.ndarray, mask: np.ndarray, bounds: list[int]) -> list[int]:
+    """xxh3-64 of each document's ids and mask. Slices of memory cost a fraction of slices of arrays."""
+    ids_bytes, mask_bytes = memoryview(ids).cast("B"), memoryview(mask)
+    hashes = []
+    for start, stop in pairwise(bounds):
+        digest = xxhash.xxh3_64(ids_bytes[4 * start : 4 * stop])
+        digest.update(mask_bytes[start:stop])
+        hashes.append(digest.intdigest())
+    return hashes
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,12 @@ class TokenizerFolder:
         return table
 
     @cached_property
+    def control_range(self) -> tuple[int, int]:
+        """Smallest and largest id of the control tokens; an empty range without any."""
+        ids = self.control_tokens.values()
+        return (min(ids), max(ids)) if ids else (0, -1)
+
+    @cached_property
     def prefix_ids(self) -> tuple[int, ...]:
         """Ids that transformers puts before a plain text (usually bos, or nothing)."""
         pieces = _template_pieces(self._content.get("post_processor"))

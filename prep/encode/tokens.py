@@ -33,13 +33,15 @@ class EngineDiffersError(Exception):
 class Encoded(NamedTuple):
     """Tokens of a batch of texts, flat; text i has tokens `offsets[i]:offsets[i+1]`.
 
-    ids int32[T]; starts, ends int64[T] (byte range of each token within its own text); offsets int64[N+1].
+    ids int32[T]; starts, ends int64[T] (byte range of each token in all texts of the batch one after the other, both
+    ascending); offsets int64[N+1]; bytes int64[N+1] (text i has bytes `bytes[i]:bytes[i+1]`).
     """
 
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
     offsets: np.ndarray
+    bytes: np.ndarray
 
 
 class TokenEncoder:
@@ -84,8 +86,7 @@ class TokenEncoder:
             ids, offsets = self._in_pieces(self._encode_hf, texts)
         else:
             return self._replace(None, {i: self._encode_slowly(self._hf, text) for i, text in enumerate(texts)}, texts)
-        starts, ends, proven = self._byte_ranges(ids, offsets, texts)
-        encoded = Encoded(ids, starts, ends, offsets)
+        encoded, proven = self._byte_ranges(ids, offsets, texts)
         if proven.all():
             return encoded, {}
         slow = {int(i): self._encode_slowly(self._hf, texts[i]) for i in np.flatnonzero(~proven)}
@@ -130,7 +131,7 @@ class TokenEncoder:
                 pieces += [text[last : match.start()], self._twins[match.group()]]
                 swapped.append((match.start(), len(match.group().encode())))
                 last = match.end()
-        ids, starts, ends, offsets = self._encode_slowly(self._guard, "".join([*pieces, text[last:]]))
+        ids, starts, ends, offsets, _ = self._encode_slowly(self._guard, "".join([*pieces, text[last:]]))
         # Back to the bytes of the real text: every swapped token before a position shifts it.
         width = len(chr(_TWIN).encode())
         real = np.array([len(text[:position].encode()) for position, _ in swapped], np.int64)
@@ -145,11 +146,15 @@ class TokenEncoder:
             raise ValueError(
                 "the tokenizer makes control tokens out of the record's own text; --allow-special permits it"
             )
-        return Encoded(ids, starts, ends, offsets)
+        return Encoded(ids, starts, ends, offsets, bounds_of([len(text.encode())]))
 
     def control_counts(self, encoded: Encoded) -> np.ndarray:
         """Control tokens of each text, int64[N]."""
-        return segment_sums(self._folder.is_control[encoded.ids], encoded.offsets)
+        # Control tokens have neighbouring ids, so a comparison leaves few tokens to look up.
+        first, last = self._folder.control_range
+        found = np.flatnonzero((encoded.ids >= first) & (encoded.ids <= last))
+        found = found[self._folder.is_control[encoded.ids[found]]]
+        return np.diff(np.searchsorted(found, encoded.offsets))
 
     @cached_property
     def _twins(self) -> dict[str, str]:
@@ -174,9 +179,13 @@ class TokenEncoder:
         """What `encode` gives for texts, long ones piece by piece."""
         if max(map(len, texts), default=0) <= PIECE_CHARACTERS or not self._folder.can_be_cut:
             return encode(texts)
-        pieces = [cut_text(text) for text in texts]
-        rows = np.concatenate([[0], np.cumsum([len(row) for row in pieces])])
-        flat = [piece for row in pieces for piece in row]
+        flat, rows = [], [0]
+        for text in texts:
+            if len(text) <= PIECE_CHARACTERS:
+                flat.append(text)
+            else:
+                flat += cut_text(text)
+            rows.append(len(flat))
         parts = [encode(flat[k : k + _PIECES_A_CALL]) for k in range(0, len(flat), _PIECES_A_CALL)]
         bounds = np.cumsum(np.concatenate([[0], *[np.diff(offsets) for _, offsets in parts]]))
         return np.concatenate([ids for ids, _ in parts]), bounds[rows]
@@ -194,7 +203,7 @@ class TokenEncoder:
             ends.append(encoded.ends + base)
             base += len(piece.encode())
         flat, offsets = flatten([np.concatenate(ids)])
-        return Encoded(flat, np.concatenate(starts), np.concatenate(ends), offsets)
+        return Encoded(flat, np.concatenate(starts), np.concatenate(ends), offsets, bounds_of([base]))
 
     def _encode_hf(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         batch = self._hf.encode_batch_fast(texts, add_special_tokens=False)
@@ -225,22 +234,19 @@ class TokenEncoder:
         if not (np.array_equal(ids, expected) and np.array_equal(offsets, expected_offsets)):
             raise EngineDiffersError
 
-    def _byte_ranges(self, ids: np.ndarray, offsets: np.ndarray, texts: list[str]):
-        """Byte ranges from token lengths: (starts int64[T], ends int64[T], proven bool[N]).
+    def _byte_ranges(self, ids: np.ndarray, offsets: np.ndarray, texts: list[str]) -> tuple[Encoded, np.ndarray]:
+        """Byte ranges from token lengths: (tokens, proven bool[N]); ranges are right where all texts before are proven.
 
         A text is proven when the lengths of its tokens add up to its own bytes and the normaliser leaves it alone:
         such a tokenizer only ever drops bytes (a vocabulary that lacks them), so a full sum means that none is missing.
         """
         cumulated = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum(self._folder.byte_lengths[ids], out=cumulated[1:])
-        base = cumulated[offsets[:-1]]
-        proven = cumulated[offsets[1:]] - base == utf8_sizes(texts)
+        np.cumsum(self._folder.byte_lengths.take(ids), out=cumulated[1:])
+        sizes = utf8_sizes(texts)
+        proven = np.diff(cumulated[offsets]) == sizes
         if self._folder.changes_text is not None:
             proven &= ~np.fromiter(map(self._folder.changes_text, texts), bool, len(texts))
-        if len(texts) == 1:  # nothing to shift, and a large document has no memory to spare
-            return cumulated[:-1], cumulated[1:], proven
-        shift = np.repeat(base, np.diff(offsets))
-        return cumulated[:-1] - shift, cumulated[1:] - shift, proven
+        return Encoded(ids, cumulated[:-1], cumulated[1:], offsets, bounds_of(sizes)), proven
 
 
 def can_be_fast(folder: TokenizerFolder) -> bool:
@@ -270,18 +276,25 @@ def utf8_sizes(texts: Sequence[str]) -> np.ndarray:
     return np.fromiter((len(t) if t.isascii() else len(t.encode()) for t in texts), np.int64, len(texts))
 
 
+def bounds_of(sizes: np.ndarray | Sequence[int]) -> np.ndarray:
+    """Sizes of N things that lie one after the other → where each begins and the last ends, int64[N+1]."""
+    bounds = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=bounds[1:])
+    return bounds
+
+
 def flatten(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids → (flat int32[T], offsets int64[N+1])."""
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return (np.concatenate(rows) if rows else np.empty(0, np.int32)), offsets
+    return (np.concatenate(rows) if rows else np.empty(0, np.int32)), bounds_of([len(row) for row in rows])
 
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Sum of values in each `offsets[i]:offsets[i+1]`, int64[N]."""
-    cumulated = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(values, out=cumulated[1:])
-    return np.diff(cumulated[offsets])
+    sums = np.zeros(len(offsets) - 1, np.int64)
+    filled = offsets[1:] > offsets[:-1]  # `reduceat` knows no empty segments
+    if filled.any():
+        sums[filled] = np.add.reduceat(values, offsets[:-1][filled], dtype=np.int64)
+    return sums
 
 
 def replace_rows(encoded: Encoded | None, rows: dict[int, Encoded], count: int) -> Encoded:
@@ -292,12 +305,18 @@ def replace_rows(encoded: Encoded | None, rows: dict[int, Encoded], count: int) 
             pieces.append(rows[i])
         else:
             part = slice(encoded.offsets[i], encoded.offsets[i + 1])
-            pieces.append(Encoded(encoded.ids[part], encoded.starts[part], encoded.ends[part], None))
+            # Token lengths that do not add up in one text shift those behind it: count from the text's own first byte.
+            begin = encoded.starts[part][:1]
+            size = encoded.bytes[i : i + 2] - encoded.bytes[i]
+            pieces.append(
+                Encoded(encoded.ids[part], encoded.starts[part] - begin, encoded.ends[part] - begin, None, size)
+            )
     ids, offsets = flatten([piece.ids for piece in pieces])
+    bases = bounds_of([int(piece.bytes[-1]) for piece in pieces])
     empty = [np.empty(0, np.int64)]
-    starts = np.concatenate(empty + [piece.starts for piece in pieces])
-    ends = np.concatenate(empty + [piece.ends for piece in pieces])
-    return Encoded(ids, starts, ends, offsets)
+    starts = np.concatenate(empty + [piece.starts + base for piece, base in zip(pieces, bases, strict=False)])
+    ends = np.concatenate(empty + [piece.ends + base for piece, base in zip(pieces, bases, strict=False)])
+    return Encoded(ids, starts, ends, offsets, bases)
 
 
 def _encode_with_offsets(tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
@@ -309,7 +328,7 @@ def _encode_with_offsets(tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
         widths = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
         ranges = np.concatenate([[0], np.cumsum(widths)])[ranges]
     ids = np.array(encoding.ids, np.int32)
-    return Encoded(ids, ranges[:, 0], ranges[:, 1], np.array([0, len(ids)], np.int64))
+    return Encoded(ids, ranges[:, 0], ranges[:, 1], bounds_of([len(ids)]), bounds_of([len(text.encode())]))
 
 
 def _uncovered_text(encoded: Encoded, text: str) -> str:

@@ -11,6 +11,7 @@ import orjson
 
 from prep.encode.builtin import load_template
 from prep.encode.chats import ChatRenderer
+from prep.encode.direct import Framed, framed_spans
 from prep.encode.masks import Rendering, byte_spans, target_mask
 from prep.encode.options import EncodeOptions
 from prep.encode.readers import locate, read_unit
@@ -20,7 +21,7 @@ from prep.encode.storage import storage_at
 from prep.encode.store import UnitResult, UnitWriter
 from prep.encode.templates import ChatTemplate
 from prep.encode.tokenizer import TokenizerFolder, read_tokenizer, release_memory
-from prep.encode.tokens import EngineDiffersError, TokenEncoder, replace_rows, segment_sums, utf8_sizes
+from prep.encode.tokens import EngineDiffersError, TokenEncoder, bounds_of, replace_rows, segment_sums
 from prep.ledger import Ledger
 
 _BATCH_CHARACTERS = 1 << 20
@@ -49,7 +50,7 @@ class _Item:
 
     __slots__ = ("document", "position", "record")
 
-    def __init__(self, position: int, record: object, document: Rendering | Tokens):
+    def __init__(self, position: int, record: object, document: Rendering | Framed | Tokens):
         self.position = position
         self.record = record
         self.document = document
@@ -155,7 +156,7 @@ class _UnitRun:
         batch: list[_Item] = []
         size = 0
         for position, record in read_unit(self._unit, self._spec):
-            if type(record) is bytes and not record.strip():
+            if type(record) is bytes and (not record or record.isspace()):
                 continue
             try:
                 document = self._document(record)
@@ -163,30 +164,30 @@ class _UnitRun:
                 self._reject(position, record, error)
                 continue
             batch.append(_Item(position, record, document))
-            if type(document) is Rendering:
+            if type(document) is Tokens:
+                size += 4 * len(document.ids)
+            else:
                 size += len(document.text)
                 for name, count in document.facts.items():
                     self._ledger.note(self._spec.name, name, count)
-            else:
-                size += 4 * len(document.ids)
             if size >= _BATCH_CHARACTERS:
                 record = document = None  # `batch` alone holds them, see `run`
                 yield batch
                 size = 0
         yield batch
 
-    def _document(self, record: object) -> Rendering | Tokens:
+    def _document(self, record: object) -> Rendering | Framed | Tokens:
         if type(record) is bytes:
             record = _parse(record)
         document = self._records.read(record)
-        if type(document) is Rendering and document.literals is None:
+        if type(document) is Framed:
             self._prove_direct(record, document)
         return document
 
-    def _prove_direct(self, record: object, document: Rendering) -> None:
+    def _prove_direct(self, record: object, document: Framed) -> None:
         """The first directly rendered chats of a unit and a few of the others go through Jinja as well."""
         self._chat_number += 1
-        if self._chat_number > 4 and self._chat_number % 256:
+        if self._chat_number > 2 and self._chat_number % 512:
             return
         full = self._render_fully(record)
         if full.text != document.text or list(full.spans) != list(document.spans):
@@ -210,7 +211,7 @@ class _UnitRun:
 
     def _encode(self, batch: Sequence[_Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Items → (ids int32[T], mask uint8[T], offsets int64[N+1]) of the documents that are kept."""
-        texts = [item for item in batch if type(item.document) is Rendering]
+        texts = [item for item in batch if type(item.document) is not Tokens]
         ids, mask, offsets, good = self._encode_texts(texts) if texts else (None, None, None, [])
         if not texts or len(good) < len(batch):
             ids, mask, offsets = self._interleave(batch, texts, ids, mask, offsets, good)
@@ -230,7 +231,7 @@ class _UnitRun:
             if i in bad:
                 continue
             try:
-                if items[i].document.literals is None:
+                if type(items[i].document) is Framed:
                     items[i].document = self._render_fully(items[i].record)
                 replaced[i] = tokens.encode_guarded(items[i].document.text, items[i].document.literals)
             except ValueError as error:
@@ -247,24 +248,25 @@ class _UnitRun:
         good = [i for i in range(len(items)) if i not in bad]
         return *select_rows(ids, mask, offsets, np.array(good, np.int64)), good
 
-    def _targets(self, documents: Sequence[Rendering], encoded):
-        """Masks of all texts at once: every text gets a range of its own on one axis of bytes."""
-        sizes = utf8_sizes([document.text for document in documents])
-        base = np.cumsum(sizes) - sizes
-        spans, owners = [], []
-        for i, document in enumerate(documents):
-            found = byte_spans(document.text, document.spans)
-            spans += found
-            owners += [i] * len(found)
-        bounds = np.array(spans, np.int64).reshape(-1, 2) + base[np.array(owners, np.int64)][:, None]
-        starts, ends = encoded.starts, encoded.ends
-        if len(documents) > 1:
-            shift = np.repeat(base, np.diff(encoded.offsets))
-            starts, ends = starts + shift, ends + shift
-        mask = target_mask(starts, ends, bounds)
+    def _targets(self, documents: Sequence[Rendering | Framed], encoded):
+        """Masks of all texts at once, each on its own range of the axis of bytes."""
+        framed, bases, spans = [], [], []
+        bounds = encoded.bytes.tolist()
+        for document, base, stop in zip(documents, bounds, bounds[1:], strict=False):
+            if type(document) is Framed:
+                framed.append(document)
+                bases.append(base)
+            else:
+                spans += [(base + s, base + e) for s, e in byte_spans(document.text, document.spans, stop - base)]
+        trained = np.array(spans, np.int64).reshape(-1, 2)
+        if framed:
+            trained = np.concatenate([trained, framed_spans(framed, np.array(bases, np.int64))])
+            if spans:
+                trained = trained[np.argsort(trained[:, 0], kind="stable")]
+        mask = target_mask(encoded.starts, encoded.ends, trained)
         return self._add_around(documents, encoded.ids, mask, encoded.offsets)
 
-    def _add_around(self, documents: Sequence[Rendering], ids, mask, offsets):
+    def _add_around(self, documents: Sequence[Rendering | Framed], ids, mask, offsets):
         """bos before and eos behind plain texts."""
         folder = self._encoder.folder
         prefix = np.array(folder.prefix_ids, np.int32)
@@ -272,19 +274,19 @@ class _UnitRun:
         around = np.fromiter((document.around for document in documents), bool, len(documents))
         if not around.any() or not len(prefix) + len(suffix):
             return ids, mask, offsets
-        lengths = np.diff(offsets)
-        grown = np.zeros(len(offsets), np.int64)
-        np.cumsum(lengths + around * (len(prefix) + len(suffix)), out=grown[1:])
+        grown = bounds_of(np.diff(offsets) + around * (len(prefix) + len(suffix)))
         out_ids, out_mask = np.empty(grown[-1], np.int32), np.zeros(grown[-1], np.uint8)
-        starts = grown[:-1] + around * len(prefix)
-        target = np.arange(len(ids)) + np.repeat(starts - offsets[:-1], lengths)
-        out_ids[target], out_mask[target] = ids, mask
+        given = np.ones(grown[-1], bool)
         for k, token in enumerate(prefix):
+            given[grown[:-1][around] + k] = False
             out_ids[grown[:-1][around] + k] = token
         for token in suffix:
-            out_ids[grown[1:][around] - 1] = token
+            last = grown[1:][around] - 1
+            given[last] = False
+            out_ids[last] = token
             eos = np.fromiter((document.eos_is_target for document in documents), np.uint8, len(documents))
-            out_mask[grown[1:][around] - 1] = eos[around]
+            out_mask[last] = eos[around]
+        out_ids[given], out_mask[given] = ids, mask
         return out_ids, out_mask, grown
 
     def _interleave(self, batch, texts, ids, mask, offsets, good):

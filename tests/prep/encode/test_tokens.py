@@ -53,7 +53,8 @@ def check_ranges(folder, texts):
         row = slice(encoded.offsets[i], encoded.offsets[i + 1])
         ids, ranges = reference_ranges(folder, text)
         assert encoded.ids[row].tolist() == ids
-        found = list(zip(encoded.starts[row].tolist(), encoded.ends[row].tolist(), strict=True))
+        base = encoded.bytes[i]
+        found = list(zip((encoded.starts[row] - base).tolist(), (encoded.ends[row] - base).tolist(), strict=True))
         for (start, end), (first, last) in zip(found, ranges, strict=True):
             assert first <= start <= end <= last, text
         assert not found or (found[0][0], found[-1][1]) == (0, len(text.encode()))
@@ -176,7 +177,7 @@ def test_target_mask_is_overlap(lengths, spans):
 def test_byte_spans(text, spans):
     spans = [(min(s, len(text)), min(e, len(text))) for s, e in merge_spans(spans)]
     expected = [(len(text[:s].encode()), len(text[:e].encode())) for s, e in spans]
-    assert list(byte_spans(text, spans)) == expected
+    assert list(byte_spans(text, spans, len(text.encode()))) == expected
 
 
 def test_select_rows():
