@@ -27,7 +27,7 @@ class ChatRenderer:
         self._policy = policy
         self._turns: TurnMarks | None = None
         inspection = only_frames(template) if direct else None
-        self._direct = DirectRenderer(inspection) if inspection is not None else None
+        self._direct = DirectRenderer(template, inspection) if inspection is not None else None
 
     @property
     def turns(self) -> TurnMarks:
@@ -96,7 +96,7 @@ class ChatRenderer:
         rendering = Rendering(chat.text, spans, controls, literals, facts=facts)
         if self._direct is not None and tools is None and guard:
             header = turns.header if self._policy.roles == ("assistant",) else None
-            self._direct.learn(messages, rendering, chat, self._template, header)
+            self._direct.learn(messages, rendering, chat, header)
         return rendering
 
     def _locate(self, messages: Sequence[dict], tools: Sequence | None) -> MarkedChat:

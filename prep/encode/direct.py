@@ -60,10 +60,12 @@ class _Frame:
     spans: np.ndarray
     """int64[S, 4] of each trained span: contents that end before its start, bytes from there; the same for its end."""
     controls: int | None
-    strips: list[bool | None]
-    """For each content whether it loses the white space at its edges; None: only Jinja can tell."""
     facts: Mapping[str, int]
     """See `Rendering`."""
+    header: str | None
+    """What stands before the turns of the model, if only these are trained."""
+    strips: list[bool | None] | None = None
+    """For each content whether it loses the white space at its edges; None: only Jinja can tell. Found when needed."""
 
 
 @dataclass(slots=True)
@@ -119,7 +121,8 @@ def _characters(text: str, bounds: np.ndarray) -> np.ndarray:
 class DirectRenderer:
     """Renders chats of an order of roles that it has learnt."""
 
-    def __init__(self, inspection: Inspection):
+    def __init__(self, template: ChatTemplate, inspection: Inspection):
+        self._template = template
         self._frames: dict[tuple, _Frame] = {}
         self._inspection = inspection
 
@@ -142,6 +145,8 @@ class DirectRenderer:
             if any(text in joined for text in seen.inside):
                 return None
         if bare != contents:
+            if frame.strips is None:
+                frame.strips = self._strips(frame, messages, bare)
             for k, (stripped, content) in enumerate(zip(bare, contents, strict=True)):
                 if stripped != content:
                     if frame.strips[k] is None:
@@ -158,14 +163,18 @@ class DirectRenderer:
         seen = self._inspection
         return content not in seen.equal and not any(text in content for text in seen.inside)
 
-    def learn(
-        self,
-        messages: Sequence[dict],
-        rendering: Rendering,
-        chat: MarkedChat,
-        template: ChatTemplate,
-        header: str | None,
-    ) -> None:
+    def _strips(self, frame: _Frame, messages: Sequence[dict], bare: Sequence[str]) -> list[bool | None]:
+        literals = frame.pieces[::2]
+        plain = [{**message, "content": content} for message, content in zip(messages, bare, strict=True)]
+        strips = _stripping(plain, literals, self._template)
+        for k, message in enumerate(messages):
+            # White space at the edges of words is trained with them right after a header; elsewhere words are bare.
+            trained = message["role"] == "assistant"
+            if not strips[k] and not (frame.header and (not trained or literals[k].endswith(frame.header))):
+                strips[k] = None
+        return strips
+
+    def learn(self, messages: Sequence[dict], rendering: Rendering, chat: MarkedChat, header: str | None) -> None:
         """Take the fixed text of a plain chat that Jinja has rendered.
 
         `header`: what stands before the turns of the model, if only these are trained.
@@ -190,16 +199,11 @@ class DirectRenderer:
             if distance > len(literals[k]):
                 return  # a border inside a word moves with the word
             spans += [k, len(literals[k][:distance].encode())]
-        strips = _stripping(messages, literals, template)
-        for k, message in enumerate(messages):
-            # White space at the edges of words is trained with them right after a header; elsewhere words are bare.
-            trained = message["role"] == "assistant"
-            if not strips[k] and not (header and (not trained or literals[k].endswith(header))):
-                strips[k] = None
         pieces = [""] * (2 * len(contents) + 1)
         pieces[::2] = literals
         sizes = np.array([len(literal.encode()) for literal in literals], np.int64)
-        frame = _Frame(pieces, sizes, np.array(spans, np.int64).reshape(-1, 4), rendering.controls, strips, rendering.facts)
+        bounds = np.array(spans, np.int64).reshape(-1, 4)
+        frame = _Frame(pieces, sizes, bounds, rendering.controls, rendering.facts, header)
         self._frames[tuple(message["role"] for message in messages)] = frame
 
 
@@ -212,7 +216,10 @@ def _stripping(messages: Sequence[dict], literals: Sequence[str], template: Chat
     for pad in ("\n \t", " \t\n", "\t\n "):  # every kind of white space once outermost
         forms = [(pad[i:], pad[::-1][:j]) for i, j in left]
         padded = [f"{pad}{message['content']}{pad[::-1]}" for message in messages]
-        text = template.render([{**m, "content": c} for m, c in zip(messages, padded, strict=True)])
+        try:
+            text = template.render([{**m, "content": c} for m, c in zip(messages, padded, strict=True)])
+        except ValueError:  # it refuses what it takes without the padding
+            return [None] * len(messages)
         at = len(literals[0])
         for k, message in enumerate(messages):
             for before, behind in forms:

@@ -28,10 +28,10 @@ from prep.encode.store import (
     unit_path,
     write_selection,
 )
-from prep.encode.tokenizer import TokenizerFolder, forget_tokenizers, read_tokenizer
+from prep.encode.tokenizer import TokenizerFolder, check_tokenizer_folder, forget_tokenizers, load_tokenizer
 from prep.encode.tokens import can_be_fast
 from prep.encode.unit import Job, encode_unit
-from prep.engine.local import run_units
+from prep.engine.local import Workers
 from prep.ledger import LEDGER_NAME, Ledger
 
 _PACKAGES = ("jinja2", "numpy", "orjson", "pyarrow", "tokenizers", "xxhash")
@@ -89,63 +89,58 @@ def write_store(
         OSError: the place cannot be written (a full disk, a refused put); what is finished is kept.
     """
     storage = storage_at(place)
-    folder = read_tokenizer(options.tokenizer)
-    engine = _engine(folder, options)
+    check_tokenizer_folder(options.tokenizer)
     sources = as_sources(inputs)
     check_shares(sources)
     files = find_inputs(sources)
     stamps = [file_stamp(file.path) for file in files]
-    plan = _plan(folder, sources, files, options, engine)
-    if (finished := storage.read_json(STORE_NAME)) is not None:
-        _refuse_difference(storage.name, check_version(storage.name, finished), plan)
-        return finished
     units = cut_units(files, sources, options.unit_bytes)
-    fresh = _claim(storage, plan, resume or unit_range is not None) and unit_range is None
-    if runner != "local" or min(workers, len(units)) > 1:
-        del folder  # each worker loads its own
-        forget_tokenizers()
-    run = _runner(runner, ray_address, workers)
-    job = Job(str(place), options, tuple(sources), engine)
-    with storage.alone(shared=unit_range is not None):
-        begun = frozenset() if fresh else storage.begun_units()
-        units = [replace(unit, begun=True) if unit.index in begun else unit for unit in units]
-        if unit_range is not None:
-            units = units[unit_range[0] - 1 :: unit_range[1]]
-        try:
-            results = run(functools.partial(encode_unit, job), units, _reporter(units, options, progress))
-            for file, stamp in zip(files, stamps, strict=True):
-                if file_stamp(file.path) != stamp:
-                    storage.remove()  # nobody knows which of its units saw what
-                    raise ValueError(f"{file.path}: changed while it was read; encode again when nobody writes to it")
-            return _finish(storage, job, results, plan) if unit_range is None else None
-        except TooManyErrorsError:
-            raise
-        except OSError as error:  # a full disk, a refused put, an input that vanished, a worker that was killed
-            way = "" if "--resume" in str(error) else f"; what is finished is kept in {place}, go on with --resume"
-            raise OSError(f"{error}{way}") from None
-        except ValueError:
-            # Bad input: whoever mends it has another input, so nothing of this store could ever be used. What a full
-            # disk or a kill leaves can be finished, and stays.
-            if fresh:
-                storage.remove()
-            raise
+    count = min(workers, len(units)) if runner == "local" else 1
+    with Workers(count, functools.partial(_tokenizer_facts, options, tuple(sources))) as pool:
+        plan = _plan(pool.setup_result(), sources, files, options)
+        if (finished := storage.read_json(STORE_NAME)) is not None:
+            _refuse_difference(storage.name, check_version(storage.name, finished), plan)
+            return finished
+        fresh = _claim(storage, plan, resume or unit_range is not None) and unit_range is None
+        run = pool.run if runner == "local" else _on_ray(ray_address)
+        job = Job(str(place), options, tuple(sources), plan["engine"])
+        with storage.alone(shared=unit_range is not None):
+            begun = frozenset() if fresh else storage.begun_units()
+            units = [replace(unit, begun=True) if unit.index in begun else unit for unit in units]
+            if unit_range is not None:
+                units = units[unit_range[0] - 1 :: unit_range[1]]
+            try:
+                results = run(functools.partial(encode_unit, job), units, _reporter(units, options, progress))
+                for file, stamp in zip(files, stamps, strict=True):
+                    if file_stamp(file.path) != stamp:
+                        storage.remove()  # nobody knows which of its units saw what
+                        raise ValueError(
+                            f"{file.path}: changed while it was read; encode again when nobody writes to it"
+                        )
+                return _finish(storage, job, results, plan) if unit_range is None else None
+            except TooManyErrorsError:
+                raise
+            except OSError as error:  # a full disk, a refused put, an input that vanished, a worker that was killed
+                way = "" if "--resume" in str(error) else f"; what is finished is kept in {place}, go on with --resume"
+                raise OSError(f"{error}{way}") from None
+            except ValueError:
+                # Bad input: whoever mends it has another input, so nothing of this store could ever be used. What a
+                # full disk or a kill leaves can be finished, and stays.
+                if fresh:
+                    storage.remove()
+                raise
 
 
 class TooManyErrorsError(ValueError):
     """More bad records than allowed; the store keeps the list of them."""
 
 
-def _runner(name: str, ray_address: str | None, workers: int) -> Callable:
-    """Who runs the units: a function (function, units, on_done) → results in order."""
-    if name == "local":
-        return functools.partial(_run_locally, workers)
-    from prep.engine.ray import run_units as run_on_ray  # ray is an extra
+def _on_ray(address: str | None) -> Callable:
+    """Runs units on Ray: a function (function, units, on_done) → results in order."""
+    from prep.engine.ray import run_units  # ray is an extra
 
-    return functools.partial(run_on_ray, address=ray_address)
-
-
-def _run_locally(workers: int, function: Callable, units: Sequence[Unit], on_done) -> list:
-    return run_units(function, units, workers, on_done)
+    forget_tokenizers()  # each node loads its own
+    return functools.partial(run_units, address=address)
 
 
 def _finish(storage: FolderStorage | RemoteStorage, job: Job, results: Sequence[UnitResult], plan: dict) -> dict:
@@ -216,15 +211,28 @@ def _engine(folder: TokenizerFolder, options: EncodeOptions) -> str:
     return "fast" if fast else "hf"
 
 
-def _plan(
-    folder: TokenizerFolder,
-    sources: Sequence[SourceSpec],
-    files: Sequence[InputFile],
-    options: EncodeOptions,
-    engine: str,
-) -> dict:
+def _tokenizer_facts(options: EncodeOptions, sources: Sequence[SourceSpec]) -> dict:
+    """What the plan says of the tokenizer and the templates. Loads what workers need, so it runs where they come from.
+
+    Raises:
+        ValueError: see `read_tokenizer`, `load_template` and `_engine`.
+    """
+    folder = load_tokenizer(options.tokenizer, fast=options.engine != "hf")
     templates = [load_template(source.template or options.chat_template, folder) or "" for source in sources]
     same = len(set(templates)) == 1
+    return {
+        "engine": _engine(folder, options),
+        "tokenizer_hash": folder.hash,
+        "template_hash": _hash(templates[0] if same else json.dumps(templates)),
+        "vocab_size": folder.vocab_size,
+        "pad_id": folder.pad_id,
+        "bos_id": folder.bos_id,
+        "eos_id": folder.eos_id,
+    }
+
+
+def _plan(facts: dict, sources: Sequence[SourceSpec], files: Sequence[InputFile], options: EncodeOptions) -> dict:
+    engine = facts["engine"]
     packages = [*_PACKAGES, *(["fastokens"] if engine == "fast" else [])]
     if any(file.format == "hf" for file in files):
         packages.append("datasets")
@@ -233,14 +241,8 @@ def _plan(
         "inputs": [file.to_json() for file in files],
         "input_formats": [[sources[file.source].name, file.format] for file in files],
         "options": {**options.identity(), "sources": [_source_identity(source) for source in sources]},
-        "engine": engine,
+        **facts,
         "packages": {name: importlib.metadata.version(name) for name in packages},
-        "tokenizer_hash": folder.hash,
-        "template_hash": _hash(templates[0] if same else json.dumps(templates)),
-        "vocab_size": folder.vocab_size,
-        "pad_id": folder.pad_id,
-        "bos_id": folder.bos_id,
-        "eos_id": folder.eos_id,
     }
 
 

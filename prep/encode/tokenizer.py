@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ class TokenizerFolder:
         try:
             import fastokens  # an extra: not everyone has it
 
-            return fastokens.Tokenizer.from_json_str(self.json_text)
+            return fastokens.Tokenizer.from_json_str(_in_one_pattern(self.json_text, self._content["pre_tokenizer"]))
         except (ImportError, ValueError, RuntimeError):
             return None
 
@@ -179,6 +180,24 @@ class TokenizerFolder:
         return tokenizer
 
 
+def _in_one_pattern(json_text: str, pre_tokenizer: dict | None) -> str:
+    """tokenizer.json with GPT-2's cut written as one pattern, on which fastokens is three times as fast.
+
+    `Digits` before it cuts out single digits, so that white space before one is at the end of its piece.
+    """
+    steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer]
+    if steps[-1:] == [None] or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        return json_text
+    if not steps[-1].get("use_regex", True) or steps[:-1] not in ([], [{"type": "Digits", "individual_digits": True}]):
+        return json_text
+    digits, before = (r"\p{N}", r"[^\s\p{N}]") if len(steps) == 2 else (r" ?\p{N}+", r"\S")
+    pattern = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!{before})|\s+"
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    content = json.loads(json_text)
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, {**steps[-1], "use_regex": False}]}
+    return json.dumps(content, ensure_ascii=False)
+
+
 def _template_pieces(processor: dict | None) -> list[dict]:
     """What a post-processor puts around a single text: [{"SpecialToken": …} or {"Sequence": …}]."""
     if processor is None:
@@ -217,6 +236,24 @@ def _byte_rule(content: dict):
     return None
 
 
+def load_tokenizer(path: str | Path, fast: bool) -> TokenizerFolder:
+    """`read_tokenizer`, with all that encoding needs of it: a process that forks afterwards pays for it once.
+
+    Args:
+        fast: fastokens too, if it can be. It reads its vocabulary in a thread, beside the rest.
+    """
+    folder = _open_folder(path)
+    beside = threading.Thread(target=lambda: folder.fast_tokenizer if fast else None)
+    beside.start()
+    try:
+        _check(folder)
+        _ = folder.hash, folder.byte_lengths, folder.can_be_cut, folder.is_control, folder.control_pattern
+    finally:
+        beside.join()
+    release_memory()
+    return folder
+
+
 def read_tokenizer(path: str | Path) -> TokenizerFolder:
     """Open a folder: `tokenizer.json`, and if there `tokenizer_config.json`, `special_tokens_map.json`, `*.jinja`.
 
@@ -225,13 +262,39 @@ def read_tokenizer(path: str | Path) -> TokenizerFolder:
     Raises:
         ValueError: no such folder, no tokenizer.json in it, or a file that cannot be read; the message says which.
     """
-    path = _copied(str(path)) if is_remote(str(path)) else Path(path)
+    folder = _open_folder(path)
+    _check(folder)
+    return folder
+
+
+def _check(folder: TokenizerFolder) -> None:
+    try:
+        _ = folder.tokenizer
+    except Exception as error:
+        file = folder.path / "tokenizer.json"
+        raise ValueError(f"{file}: not a tokenizer that `tokenizers` can read ({error})") from None
+
+
+def check_tokenizer_folder(path: str | Path) -> None:
+    """Refuse at once what cannot be a tokenizer folder. (One behind an address is looked at when it is read.)
+
+    Raises:
+        ValueError: no such folder, or no tokenizer.json in it.
+    """
+    if is_remote(str(path)):
+        return
+    path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such tokenizer folder; give a folder that holds tokenizer.json")
     if not (path / "tokenizer.json").is_file():
         raise ValueError(
             f"{path}: no tokenizer.json in this folder; save it with transformers' save_pretrained of a fast tokenizer"
         )
+
+
+def _open_folder(path: str | Path) -> TokenizerFolder:
+    path = _copied(str(path)) if is_remote(str(path)) else Path(path)
+    check_tokenizer_folder(path)
     stamps = tuple(
         (name, stat.st_mtime_ns, stat.st_size)
         for name in _FILES
@@ -285,12 +348,7 @@ def _read_folder(path: Path, stamps: tuple) -> TokenizerFolder:
             special_tokens[name] = value
     for name, value in _extra_tokens(config).items():
         special_tokens.setdefault(name, value)
-    folder = TokenizerFolder(path, text, config, special_tokens, _chat_template(path, config))
-    try:
-        _ = folder.tokenizer
-    except Exception as error:
-        raise ValueError(f"{path / 'tokenizer.json'}: not a tokenizer that `tokenizers` can read ({error})") from None
-    return folder
+    return TokenizerFolder(path, text, config, special_tokens, _chat_template(path, config))
 
 
 def _extra_tokens(config: dict) -> dict[str, str]:

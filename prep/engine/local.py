@@ -1,10 +1,15 @@
 """Run work units on the processes of one machine.
 
-A unit is a pure function of its description, so who runs it and when makes no difference to what comes out. The pool
-is a pipe per worker and nothing else: a worker whose parent dies reads the end of its pipe and goes, and a worker that
+A unit is a pure function of its description, so who runs it and when makes no difference to what comes out. The workers
+come from one process, the *nursery*, which sets up what is costly (a tokenizer takes seconds and hundreds of MB) and
+then forks into them: it is paid for once, whatever their number, and they share its memory. The nursery itself is a
+fresh process with no threads at work, so forking it is safe where forking the caller would not be.
+
+A pipe per worker and nothing else: a worker whose parent dies reads the end of its pipe and goes, and a worker that
 dies is noticed by the end of its own.
 """
 
+import atexit
 import ctypes
 import multiprocessing
 import multiprocessing.connection
@@ -25,73 +30,136 @@ def run_units(
     workers: int,
     on_done: Callable[[Unit, Result], None] | None = None,
 ) -> list[Result]:
-    """Apply `function` to every unit; returns the results in the order of the units.
-
-    Args:
-        function: picklable, like its arguments and results. What is costly to set up it caches in its process.
-        units: descriptions of the work, started in this order.
-        workers: number of processes; with 1 (or a single unit) the work runs in this process.
-        on_done: called in this process as each unit ends, in the order of ending.
-
-    Raises:
-        ValueError: as the function raised it (the first to arrive); other units are stopped.
-        ChildProcessError: a worker was killed or ended.
-        RuntimeError: a worker failed in another way, with the trace of the worker in the message.
-    """
+    """`Workers.run` with nothing to set up."""
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least one process is needed")
-    workers = min(workers, len(units))
-    if workers <= 1:
+    with Workers(min(workers, len(units))) as pool:
+        return pool.run(function, units, on_done)
+
+
+class Workers:
+    """Processes of this machine; a context manager. With at most one, all work is done in this process.
+
+    Args:
+        count: processes.
+        setup: picklable; called once, in the nursery, while this process goes on. What it caches in its process all
+            workers have.
+    """
+
+    def __init__(self, count: int, setup: Callable[[], Result] | None = None):
+        self._setup = setup
+        self._count = count
+        self._process: multiprocessing.Process | None = None
+        self._pipes: list[multiprocessing.connection.Connection] = []
+
+    def __enter__(self) -> "Workers":
+        if self._count > 1:
+            # spawn: a forked copy of a process with threads (pyarrow, tokenizers) may hang.
+            context = multiprocessing.get_context("spawn")
+            self._control, control = context.Pipe()
+            pairs = [context.Pipe() for _ in range(self._count)]
+            theirs = [pair[1] for pair in pairs]
+            self._process = context.Process(
+                target=_nursery, args=(control, theirs, self._setup, os.getpid()), daemon=True
+            )
+            self._process.start()
+            self._pipes = [pair[0] for pair in pairs]
+            for pipe in (control, *theirs):
+                pipe.close()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._process is None:
+            return
+        if exception[0] is not None:
+            self._process.terminate()  # and its workers with it
+        for pipe in (*self._pipes, self._control):
+            pipe.close()
+        self._process.join()
+
+    def setup_result(self) -> Result:
+        """What `setup` returned; waits for it.
+
+        Raises:
+            ValueError, OSError: as `setup` raised it.
+        """
+        if self._process is None:
+            return self._setup()
+        try:
+            return _value(self._control.recv())
+        except EOFError:
+            self._process.join()
+            raise ChildProcessError(_death(self._process.exitcode)) from None
+
+    def run(
+        self,
+        function: Callable[[Unit], Result],
+        units: Sequence[Unit],
+        on_done: Callable[[Unit, Result], None] | None = None,
+    ) -> list[Result]:
+        """Apply `function` to every unit; returns the results in the order of the units. Once only.
+
+        Args:
+            function: picklable, like its arguments and results. What is costly to set up it caches in its process.
+            units: descriptions of the work, started in this order.
+            on_done: called in this process as each unit ends, in the order of ending.
+
+        Raises:
+            ValueError: as the function raised it (the first to arrive); other units are stopped.
+            ChildProcessError: a worker was killed or ended.
+            RuntimeError: a worker failed in another way, with the trace of the worker in the message.
+        """
+        if self._process is not None:
+            return self._run(function, units, on_done)
         results = []
         for unit in units:
             results.append(function(unit))
             if on_done:
                 on_done(unit, results[-1])
         return results
-    return _run_pool(function, units, workers, on_done)
 
-
-def _run_pool(function, units, workers, on_done):
-    # spawn: a forked copy of a process with threads (pyarrow, tokenizers) may hang.
-    context = multiprocessing.get_context("spawn")
-    results: list = [None] * len(units)
-    todo = iter(range(len(units)))
-    pipes: dict[multiprocessing.connection.Connection, multiprocessing.Process] = {}
-    working: dict[multiprocessing.connection.Connection, int] = {}
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, function, os.getpid()), daemon=True)
-            process.start()
-            theirs.close()
-            pipes[ours] = process
-            working[ours] = next(todo)
-            ours.send((working[ours], units[working[ours]]))
+    def _run(self, function, units, on_done):
+        results: list = [None] * len(units)
+        todo = iter(range(len(units)))
+        working: dict[multiprocessing.connection.Connection, int] = {}
+        pipes = self._pipes[: len(units)]
+        self._control.send((function, len(pipes)))
+        for pipe in pipes:
+            working[pipe] = next(todo)
+            pipe.send(units[working[pipe]])
         while working:
             for pipe in multiprocessing.connection.wait(list(working)):
                 index = working.pop(pipe)
                 try:
-                    ok, value = pipe.recv()
+                    value = _value(pipe.recv())
                 except EOFError:
-                    pipes[pipe].join()
-                    raise ChildProcessError(_death(pipes[pipe].exitcode)) from None
-                if not ok:
-                    raise value
+                    raise ChildProcessError(_death(self._exit_code(pipes.index(pipe)))) from None
                 results[index] = value
                 following = next(todo, None)
                 if following is not None:
                     working[pipe] = following
-                    pipe.send((following, units[following]))
+                    pipe.send(units[following])
                 if on_done:
                     on_done(units[index], value)
-    finally:
-        for pipe, process in pipes.items():
-            if pipe in working:
-                process.terminate()
-            pipe.close()
-        for process in pipes.values():
-            process.join()
-    return results
+        return results
+
+    def _exit_code(self, number: int) -> int | None:
+        """How the worker of this number ended, as the nursery saw it."""
+        try:
+            while True:
+                who, code = self._control.recv()
+                if who == number:
+                    return code
+        except EOFError:  # the nursery went too
+            self._process.join()
+            return self._process.exitcode
+
+
+def _value(answer: tuple) -> object:
+    ok, value = answer
+    if not ok:
+        raise value
+    return value
 
 
 def _death(exitcode: int | None) -> str:
@@ -115,27 +183,76 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _serve(pipe, function, parent: int) -> None:
+def _nursery(control, pipes, setup, parent: int) -> None:
     _die_with(parent)
     # Ctrl-C goes to the whole group: the parent alone decides and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The parent's word to end is an exception here, so that files that are being written are taken away.
+    children: dict[int, int] = {}
+
+    def end(*_):
+        # Each is waited for: it takes away the files that it is writing.
+        for pid in list(children):
+            os.kill(pid, signal.SIGTERM)
+        for pid in list(children):
+            os.waitpid(pid, 0)
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        if setup is not None:
+            control.send(_answer(setup))
+        function, count = control.recv()
+    except (EOFError, BrokenPipeError):
+        return
+    nursery = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # no end between a fork and its entry in `children`
+    for number in range(count):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for other in (*pipes[:number], *pipes[number + 1 :], control):
+                    other.close()
+                _serve(pipes[number], function, nursery)
+            finally:
+                os._exit(0)
+        children[pid] = number
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    for pipe in pipes:
+        pipe.close()
+    while children:
+        # Seen here, taken away only after it is out of the list: no process of another gets its number meanwhile.
+        pid = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid
+        number = children.pop(pid)
+        _, status = os.waitpid(pid, 0)
+        try:
+            control.send((number, os.waitstatus_to_exitcode(status)))
+        except BrokenPipeError:
+            continue
+    # Freeing a vocabulary piece by piece takes half a second; the system takes all at once.
+    atexit._run_exitfuncs()
+    os._exit(0)
+
+
+def _serve(pipe, function, parent: int) -> None:
+    _die_with(parent)
+    # The word to end is an exception here, so that files that are being written are taken away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     while True:
         try:
-            _, unit = pipe.recv()
-        except EOFError:
+            unit = pipe.recv()
+            pipe.send(_answer(function, unit))
+        except (EOFError, BrokenPipeError):
             return
-        try:
-            answer = (True, function(unit))
-        except (ValueError, OSError) as error:
-            answer = (False, _plain(error))
-        except Exception:  # anything else is a bug: its trace must reach the user
-            answer = (False, RuntimeError(f"a work unit failed:\n{traceback.format_exc()}"))
-        try:
-            pipe.send(answer)
-        except BrokenPipeError:
-            return
+
+
+def _answer(function, *arguments) -> tuple[bool, object]:
+    try:
+        return True, function(*arguments)
+    except (ValueError, OSError) as error:
+        return False, _plain(error)
+    except Exception:  # anything else is a bug: its trace must reach the user
+        return False, RuntimeError(f"a work unit failed:\n{traceback.format_exc()}")
 
 
 def _plain(error: Exception) -> Exception:

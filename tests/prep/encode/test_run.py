@@ -592,24 +592,24 @@ def test_a_full_disk_is_an_error_that_can_be_resumed(tmp_path, byte_level, monke
 
 CTRL_C_AFTER_THREE_UNITS = """
 import os, signal
-import prep.encode.run as run
 from prep.encode.command import encode
+from prep.engine.local import Workers
 
-real, done = run.run_units, []
+real, done = Workers.run, []
 
-def interrupted(function, units, workers, on_done):
+def interrupted(self, function, units, on_done):
     def note(unit, result):
         done.append(unit)
         if on_done:
             on_done(unit, result)
         if len(done) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-    return real(function, units, workers, note)
+    return real(self, function, units, note)
 
 if __name__ == "__main__":
     # A suite that was started in the background hands its children an ignored SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    run.run_units = interrupted
+    Workers.run = interrupted
     encode()
 """
 
