@@ -8,7 +8,7 @@ decides that all must. Work units check a sample of their chats against Jinja on
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 

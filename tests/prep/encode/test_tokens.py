@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from prep.encode import tokens
 from prep.encode.masks import byte_spans, complement, merge_spans, subtract_spans, target_mask
-from prep.encode.tokenizer import read_tokenizer
+from prep.encode.tokenizer import _in_one_pattern, read_tokenizer
 from prep.encode.tokens import EngineDiffersError, TokenEncoder, can_be_fast, select_sample
 from prep.encode.unit import select_rows
 
@@ -184,3 +185,25 @@ def test_select_rows():
     ids, mask, offsets = np.arange(10, dtype=np.int32), np.arange(10, dtype=np.uint8), np.array([0, 3, 3, 7, 10])
     chosen = select_rows(ids, mask, offsets, np.array([3, 1, 0]))
     assert [part.tolist() for part in chosen] == [[7, 8, 9, 0, 1, 2], [7, 8, 9, 0, 1, 2], [0, 3, 3, 6]]
+
+
+@pytest.mark.parametrize("digits", [True, False])
+def test_the_cut_of_gpt2_as_one_pattern_gives_the_same_tokens(digits, byte_level, tmp_path):
+    pytest.importorskip("fastokens")
+    content = json.loads((byte_level / "tokenizer.json").read_text())
+    cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    steps = [{"type": "Digits", "individual_digits": True}] * digits + [cut]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    folder = read_tokenizer(tmp_path)
+    # One character of every kind of Unicode there is, beside letters, digits, white space and each other.
+    kinds = {}
+    for code in (*range(1, 0xD800), *range(0xE000, 0x20000)):
+        kinds.setdefault((unicodedata.category(chr(code)), chr(code).isspace(), code < 128), []).append(chr(code))
+    some = [c for kind in kinds.values() for c in (*kind[:2], kind[-1])]
+    texts = [
+        f"a{c}b 1{c} {c}2  {c} x'{c}s'll 3 {c}{c}\n {c}9 \n5  6 {d}{c}" for c, d in zip(some, some[::-1], strict=True)
+    ]
+    fast, hf = (TokenEncoder(folder, engine).encode(texts)[0] for engine in ("fast", "hf"))
+    assert np.array_equal(fast.ids, hf.ids)
+    assert "Regex" in _in_one_pattern(folder.json_text, content["pre_tokenizer"])
