@@ -4,6 +4,7 @@ Inputs, tokenizer and store must lie where every node sees them: on a shared fil
 A task that dies with its node is run again elsewhere; it costs its unit and nothing else.
 """
 
+import socket
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 
 _RETRIES = 5
+_SECONDS = 10  # that the head of a cluster has to answer
 _AHEAD = 2  # units submitted per core: enough to keep it busy, few enough that an error stops the rest soon
 
 
@@ -24,7 +26,8 @@ def run_units(
     """As `prep.engine.local.run_units`, on the cluster at `address` (a new one on this machine without it).
 
     Raises:
-        ValueError: as the function raised it; units not yet begun are not run. Or ray is not installed.
+        ValueError: as the function raised it; units not yet begun are not run. Or ray is not installed, or no cluster
+            is at the address.
         ChildProcessError: a task died more often than it is tried again.
     """
     try:
@@ -33,6 +36,7 @@ def run_units(
         raise ValueError("engine ray needs the package ray; pip install ray or take engine local") from None
     started = not ray.is_initialized()
     if started:
+        _knock(address)
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         return _run(ray, function, units, on_done)
@@ -44,6 +48,19 @@ def run_units(
     finally:
         if started:
             ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """ValueError where nobody listens; Ray itself would try for minutes and then say little."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # a new cluster, or `auto`
+    try:
+        socket.create_connection((host, int(port)), _SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"--ray-address {address}: no Ray cluster answers there ({error}); start one with ray start --head"
+        ) from None
 
 
 def _run(ray, function, units, on_done):

@@ -10,7 +10,7 @@ from trained_tokenizers import write_byte_level
 
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
-from prep.engine.ray import run_units
+from prep.engine.ray import _knock, run_units
 
 ray = pytest.importorskip("ray", reason="NOT TESTED, the package ray is absent")
 ROOT = Path(__file__).parents[3]
@@ -56,6 +56,13 @@ def test_results_come_in_the_order_of_the_units():
 def test_an_error_comes_back_as_it_is():
     with pytest.raises(ValueError, match=r"^unit 3 is bad$"):
         run_units(fail_at_three, list(range(10)))
+
+
+def test_an_address_without_a_cluster_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"--ray-address 127\.0\.0\.1:9: no Ray cluster answers there"):
+        _knock("127.0.0.1:9")
+    _knock(None)
+    _knock("auto")
 
 
 def test_a_killed_task_is_run_again(tmp_path):
