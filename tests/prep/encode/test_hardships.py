@@ -215,7 +215,7 @@ def test_a_share_is_exact_to_one_document_and_within_its_epochs():
         rows, have = np.arange(lengths.size), int(lengths.sum())
         want = int(draw.integers(1, 4 * have))
         taken = take(rows, lengths, hashes, want)
-        assert abs(int(lengths[taken].sum()) - want) <= lengths.max()
+        assert 2 * abs(int(lengths[taken].sum()) - want) <= lengths.max()  # half of the document at the border
         assert np.bincount(taken, minlength=1).max() <= -(
             -want // have
         )  # no document more often than the passes that are begun
