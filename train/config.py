@@ -204,6 +204,7 @@ COMBINATIONS = (
     Combination(
         "compiled, recomputed blocks", {"compile": True, "recompute": "selective"}, "tests/dist/test_compile.py"
     ),
+    Combination("compiled blocks, tensor parallelism", {"compile": True, "tp": 2}, "tests/dist/test_compile.py"),
     Combination("compiled blocks, context parallelism", {"compile": True, "cp": 2}, "tests/dist/test_compile.py"),
     Combination(
         "compiled blocks, needed keys only",

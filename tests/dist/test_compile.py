@@ -18,7 +18,7 @@ from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.parallel.apply import parallelize
 
-FSDP, GATHER, ULYSSES = Layout(), Layout(cp=2), Layout(cp=2, cp_method="ulysses")
+FSDP, TENSOR, GATHER, ULYSSES = Layout(), Layout(tp=2), Layout(cp=2), Layout(cp=2, cp_method="ulysses")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,11 @@ def is_equal(places, layout, recompute, dtype, backend="aot_eager"):
         assert stats["unique_graphs"] == 1, "one graph for both layers and all rows"
 
 
-@pytest.mark.parametrize(("layout", "recompute"), [(FSDP, "selective"), (GATHER, "full")], ids=["fsdp", "cp gather"])
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [(FSDP, "selective"), (TENSOR, "none"), (GATHER, "full")],
+    ids=["fsdp", "tp", "cp gather"],
+)
 def test_compiled_equals_the_documents_one_at_a_time(places, layout, recompute):
     is_equal(places, layout, recompute, torch.float64)
 
@@ -60,13 +64,13 @@ def test_compiled_equals_the_documents_one_at_a_time(places, layout, recompute):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", LIMIT, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("layout", [FSDP, replace(FSDP, dp_replicate=2), GATHER, ULYSSES], ids=lambda x: f"{x.cp}")
+@pytest.mark.parametrize("layout", [FSDP, replace(FSDP, dp_replicate=2), TENSOR, GATHER, ULYSSES], ids=str)
 def test_every_layout_and_recompute_compiled(places, layout, recompute, dtype):
     is_equal(places, layout, recompute, dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [FSDP, GATHER, ULYSSES], ids=["fsdp", "cp gather", "cp ulysses"])
+@pytest.mark.parametrize("layout", [FSDP, TENSOR, GATHER], ids=["fsdp", "tp", "cp gather"])
 def test_inductor_gives_the_same(places, layout):
     is_equal(places, layout, "selective", torch.float32, "inductor")
 
