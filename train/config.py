@@ -104,6 +104,11 @@ class Layout:
         True, "free a block's gathered weights after its forward; without, backward need not gather them again"
     )
     prefetch: int = _flag(1, "blocks whose weights are gathered ahead of need, each way; 0: as FSDP itself does")
+    defer_sync: bool = _flag(
+        True,
+        "add up the gradients of a step's rows on every rank and reduce them once; without, after each row: more "
+        "traffic, but a rank never holds more than its share",
+    )
     cpu_offload: bool = _flag(False, "keep parameters, gradients and optimizer state in host memory")
 
     @property
@@ -198,6 +203,13 @@ COMBINATIONS = (
     Combination("FSDP2 (dp_shard)", {}, "tests/dist/test_parity.py"),
     Combination("HSDP (dp_replicate × dp_shard)", {"dp_replicate": 2}, "tests/dist/test_parity.py"),
     Combination("gradient accumulation", {"batch_packs": 6, "micro_packs": 2}, "tests/dist/test_parity.py"),
+    Combination("gradients reduced after each row", {"defer_sync": False}, "tests/dist/test_parity.py"),
+    Combination(
+        "pipeline, gradients reduced after each row",
+        {"pp": 2, "defer_sync": False},
+        "--no-defer-sync with --pp {pp} is not possible: a pipeline reduces once a step; leave it out",
+        lambda c: c.layout.pp > 1 and not c.layout.defer_sync,
+    ),
     Combination("activation recompute", {"recompute": "full"}, "tests/dist/test_parity.py"),
     Combination("recompute, costly results kept", {"recompute": "selective"}, "tests/dist/test_parity.py"),
     Combination("compiled blocks", {"compile": True}, "tests/dist/test_compile.py"),
@@ -207,11 +219,11 @@ COMBINATIONS = (
     Combination("compiled blocks, tensor parallelism", {"compile": True, "tp": 2}, "tests/dist/test_compile.py"),
     Combination("compiled blocks, context parallelism", {"compile": True, "cp": 2}, "tests/dist/test_compile.py"),
     Combination(
-        "compiled blocks, needed keys only",
+        "compiled blocks, only some keys exchanged",
         {"compile": True, "cp": 2, "cp_method": "needed"},
-        "--compile needs the same shapes in every row, and --cp-method needed sends another number of keys for each: "
-        "take gather or ulysses, or leave --compile out",
-        lambda c: c.model.compile and c.layout.cp > 1 and c.layout.cp_method == "needed",
+        "--compile needs the same shapes in every row, and --cp-method {cp_method} sends another number of keys for "
+        "each: take gather or ulysses, or leave --compile out",
+        lambda c: c.model.compile and c.layout.cp > 1 and c.layout.cp_method in ("needed", "ring"),
     ),
     Combination("weights gathered ahead, or kept", {"prefetch": 2, "reshard": False}, "tests/dist/test_parity.py"),
     Combination("parameters in host memory", {"cpu_offload": True}, "tests/dist/test_parity.py"),

@@ -149,7 +149,8 @@ def train(config: Config) -> None:
         lr = learning_rate(step, steps, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        result = train_step(model, optimizer, loader, facts.target_tokens, mesh, config.optim)
+        targets, defer_sync = facts.target_tokens, config.layout.defer_sync
+        result = train_step(model, optimizer, loader, targets, mesh, config.optim, defer_sync=defer_sync)
         load = take_load(model, model_config, facts.tokens)
         if load is not None and config.router.router_bias_rate > 0 and result.applied:
             move_biases(model, load, config.router.router_bias_rate)

@@ -43,20 +43,21 @@ LOSS_AXES = ("pp", *DP_AXES, "cp")
 
 
 def accumulate_gradients(
-    model: nn.Module, rows: Iterable[MicroBatch], row_count: int, target_tokens: int
+    model: nn.Module, rows: Iterable[MicroBatch], row_count: int, target_tokens: int, *, defer_sync: bool = True
 ) -> torch.Tensor:
     """Forward and backward over a rank's `rows`; returns this rank's share of the loss, float64 scalar.
 
     Each row's summed loss is divided by the *global* number of targets of the step before backward, so gradients only
-    ever need to be summed. They are communicated once, in the backward of the last row. A pipeline does the same in
-    the order of its schedule; its ranks without the last stage return 0.
+    ever need to be summed. With `defer_sync` they are communicated once, in the backward of the last row; until then
+    each rank holds a whole set. Without, after each row. A pipeline does the same in the order of its schedule, always
+    deferred; its ranks without the last stage return 0.
     """
     if isinstance(model, Pipeline):
         return model.accumulate_gradients(rows, target_tokens)
     share = None
     for i, row in enumerate(rows):
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(i == row_count - 1)
+            model.set_requires_gradient_sync(not defer_sync or i == row_count - 1)
         loss = model(row.input_ids, row.position_ids, row.segments, row.labels) / max(1, target_tokens)
         loss.backward()
         value = loss.detach().double()
@@ -72,12 +73,14 @@ def train_step(
     target_tokens: int,
     mesh: Mesh,
     config: Optim,
+    *,
+    defer_sync: bool = True,
 ) -> StepResult:
     """Train the step that `loader.next_step()` announced, at the learning rate already set in `optimizer`.
 
     Raises: ValueError before the optimizer step when loss or gradient is not finite and `--on-nonfinite` is stop.
     """
-    share = accumulate_gradients(model, loader.rows(), loader.row_count, target_tokens)
+    share = accumulate_gradients(model, loader.rows(), loader.row_count, target_tokens, defer_sync=defer_sync)
     loss = sum_over(mesh, share, LOSS_AXES).item()
     grad_norm = clip_gradients(model, config.max_grad_norm, mesh).item()
     applied = math.isfinite(loss) and math.isfinite(grad_norm)

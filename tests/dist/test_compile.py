@@ -17,6 +17,7 @@ from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.parallel.apply import parallelize
+from train.parallel.compiling import apply_compile
 
 FSDP, TENSOR, GATHER, ULYSSES = Layout(), Layout(tp=2), Layout(cp=2), Layout(cp=2, cp_method="ulysses")
 
@@ -88,6 +89,15 @@ def graphs_of_lengths(folder, recompute):
         model(ids, ids, segments, ids).backward()
         seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return seen
+
+
+def test_a_mixture_of_experts_is_refused(tiny_llama_dir):
+    with torch.device("meta"):
+        model = Decoder(hf.read_config(tiny_llama_dir))
+    sparse = tuple(replace(layer, experts=True) for layer in model.config.layers)
+    model.config = replace(model.config, layers=sparse)
+    with pytest.raises(ValueError, match="leave --compile out for a mixture of experts"):
+        apply_compile(model, None, Config())
 
 
 def test_a_graph_for_each_length_and_not_for_each_row(tiny_llama_dir):

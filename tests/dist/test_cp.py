@@ -102,6 +102,8 @@ CASES = {
         case("needed", 2, "packed for 8", recompute="full", micro_packs=3, **F64),
         case("ring", 2, "packed for 1", recompute="full", micro_packs=3, **F64),
         case("ulysses", 2, "packed for 1", recompute="full", micro_packs=3, **F64),
+        case("gather", 2, "packed for 8", recompute="selective", **F64),
+        case("ring", 2, "packed for 2", recompute="selective", **F64),
     ],
     4: [
         *(case(method, 4, "packed for 1", **F64) for method in METHODS),

@@ -24,6 +24,7 @@ CASES = {
     "dp_shard 2": (2, Config()),
     "dp_shard 2, 2 packs a row": (2, Config(data=Data(micro_packs=2))),
     "dp_shard 2, no reshard": (2, Config(layout=Layout(reshard=False))),
+    "dp_shard 2, gradients reduced after each row": (2, Config(layout=Layout(defer_sync=False))),
     "dp_shard 2, recompute": (2, Config(model=Model(recompute="full"))),
     "dp_shard 2, selective recompute": (2, Config(model=Model(recompute="selective"))),
     "dp_shard 2, no prefetch": (2, Config(layout=Layout(prefetch=0))),

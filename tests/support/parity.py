@@ -60,7 +60,8 @@ def packed_step(model_dir, shards, config, dtype, wanted_path):
     loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device, cut=cut)
     facts = loader.next_step()
     assert facts.packs == len(dataset)
-    share = accumulate_gradients(model, loader.rows(), loader.row_count, facts.target_tokens)
+    rows, count = loader.rows(), loader.row_count
+    share = accumulate_gradients(model, rows, count, facts.target_tokens, defer_sync=config.layout.defer_sync)
     loss = sum_over(mesh, share, LOSS_AXES).item()
     loader.close()
     held = [None] * dist.get_world_size()

@@ -21,7 +21,14 @@ def apply_compile(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
 
     Like recompute, it wraps the forward function and not the module: parameters keep their names, and FSDP's hooks,
     which could not be traced, stay outside. Embedding and head are not compiled: the loss works chunk by chunk already.
+
+    Raises: ValueError for a mixture of experts.
     """
+    if any(layer.experts for layer in model.config.layers):
+        raise ValueError(
+            "--compile needs the same shapes in every row, and how many tokens an expert gets is known only when they "
+            "are routed: leave --compile out for a mixture of experts"
+        )
     kinds = len(set(model.config.layers))
     graphs = 2 * kinds * LENGTHS  # training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
