@@ -241,10 +241,16 @@ COMBINATIONS = (
     Combination("tensor parallelism, whole sequences", {"tp": 2, "sp": False}, "tests/dist/test_tp.py"),
     Combination("tensor × context parallelism", {"tp": 2, "cp": 2}, "tests/dist/test_tp.py"),
     Combination(
-        "tensor parallelism, compiled",
-        {"tp": 2, "compile": True},
-        "--compile with --tp {tp} is not proven yet: leave --compile out",
-        lambda c: c.layout.tp > 1 and c.model.compile,
+        "compiled blocks, tensor × context parallelism",
+        {"compile": True, "tp": 2, "cp": 2},
+        "--compile with both --tp {tp} and --cp {cp} is not proven yet: leave --compile or one of them out",
+        lambda c: c.model.compile and c.layout.tp > 1 and c.layout.cp > 1,
+    ),
+    Combination(
+        "compiled blocks, pipeline",
+        {"compile": True, "pp": 2},
+        "--compile with --pp {pp} is not proven yet: leave --compile out",
+        lambda c: c.model.compile and c.layout.pp > 1,
     ),
     Combination(
         "pipeline × tensor parallelism",
