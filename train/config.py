@@ -199,6 +199,11 @@ class Combination:
 
 PIPELINES = "tests/dist/test_pp.py"
 
+
+def splits_backward(config: Config) -> bool:
+    return config.layout.pp > 1 and config.layout.pp_schedule in SPLIT_BACKWARD
+
+
 COMBINATIONS = (
     Combination("FSDP2 (dp_shard)", {}, "tests/dist/test_parity.py"),
     Combination("HSDP (dp_replicate × dp_shard)", {"dp_replicate": 2}, "tests/dist/test_parity.py"),
@@ -261,11 +266,25 @@ COMBINATIONS = (
     Combination("pipeline, all forwards before all backwards", {"pp": 2, "pp_schedule": "gpipe"}, PIPELINES),
     Combination("pipeline, one forward one backward", {"pp": 2}, PIPELINES),
     Combination("pipeline, interleaved stages", {"pp": 2, "pp_schedule": "interleaved"}, PIPELINES),
+    Combination("pipeline, interleaved, backward split", {"pp": 2, "pp_schedule": "interleaved-zb"}, PIPELINES),
+    Combination("pipeline, V-shaped, backward split", {"pp": 2, "pp_schedule": "zbv"}, PIPELINES),
+    Combination("pipeline, from both ends of a V", {"pp": 2, "pp_schedule": "dualpipev"}, PIPELINES),
+    Combination("pipeline, recomputed blocks", {"pp": 2, "recompute": "full"}, PIPELINES),
+    Combination("pipeline, compiled blocks", {"pp": 2, "compile": True}, PIPELINES),
+    Combination("pipeline, context parallelism", {"pp": 2, "cp": 2}, PIPELINES),
     Combination(
-        "pipeline, backward split into inputs and weights",
-        {"pp": 2, "pp_schedule": "zbv"},
-        "--pp-schedule {pp_schedule} is not driven yet: take 1f1b, or interleaved, whose bubble is smaller",
-        lambda c: c.layout.pp > 1 and c.layout.pp_schedule in SPLIT_BACKWARD,
+        "pipeline with a split backward, recomputed blocks",
+        {"pp": 2, "pp_schedule": "zbv", "recompute": "full"},
+        "--pp-schedule {pp_schedule} comes back for the gradient of each weight, and --recompute would run the block "
+        "again for every one of them: take 1f1b or interleaved, or leave --recompute out",
+        lambda c: splits_backward(c) and c.model.recompute != "none",
+    ),
+    Combination(
+        "pipeline with a split backward, compiled blocks",
+        {"pp": 2, "pp_schedule": "zbv", "compile": True},
+        "--pp-schedule {pp_schedule} takes the gradients of inputs and weights apart, and a compiled block gives them "
+        "at once: take 1f1b or interleaved, or leave --compile out",
+        lambda c: splits_backward(c) and c.model.compile,
     ),
     Combination("expert parallelism", {"ep": 2}, "tests/dist/test_ep.py"),
     Combination("expert and tensor parallelism", {"ep": 2, "tp": 2}, "tests/dist/test_ep.py"),

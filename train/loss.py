@@ -124,9 +124,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        # In place: the weight's gradient is as large as the weight. A second backward over the same graph finds its
-        # saved tensors modified and raises.
-        grads = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors]
+        # In place: the weight's gradient is as large as the weight. Not where the graph is kept: a pipeline schedule
+        # that splits the backward comes twice, for the hidden states and later for the weight.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        scale = torch.mul if kept else torch.Tensor.mul_
+        grads = [None if grad is None else scale(grad, grad_loss) for grad in ctx.saved_tensors]
         return *grads, None, None, None, None
 
 

@@ -5,7 +5,8 @@ runs at the speed of memory. numpy needs nine passes for the same (labels throug
 subtract) and is six times slower; numba also leaves the interpreter free for the thread that trains.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
 
 import numba
 import numpy as np
@@ -44,16 +45,15 @@ class MicroBatch:
 
     def clone(self) -> "MicroBatch":
         """The same row in tensors of its own."""
-        part, packs = (
-            None if value is None else replace(value, **_cloned(value))
-            for value in (self.segments.part, self.segments.packs)
-        )
-        segments = replace(self.segments, **_cloned(self.segments), part=part, packs=packs)
-        return MicroBatch(self.input_ids.clone(), self.labels.clone(), self.position_ids.clone(), segments)
+        return _cloned(self)
 
 
-def _cloned(value: Segments | Part | Packs) -> dict[str, torch.Tensor]:
-    return {name: field.clone() for name, field in vars(value).items() if isinstance(field, torch.Tensor)}
+def _cloned(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if is_dataclass(value):
+        return replace(value, **{name: _cloned(part) for name, part in vars(value).items()})
+    return value
 
 
 @numba.njit(nogil=True, cache=True)

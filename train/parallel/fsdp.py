@@ -49,7 +49,7 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     blocks = list(model.layers.children())
     for block in blocks:
         if isinstance(block.mlp, MixtureOfExperts):
-            _shard_mixture(block.mlp, mesh, options, reshard=config.layout.reshard and block is not blocks[-1])
+            _shard_mixture(block.mlp, mesh, options, reshard=reshard and block is not blocks[-1])
         # The last block is needed again at once: backward begins with it.
         fully_shard(block, reshard_after_forward=reshard and block is not blocks[-1], **options)
     tied = model.lm_head is not None and model.lm_head.weight is None

@@ -1,0 +1,208 @@
+"""The bubble of every pipeline schedule, measured, against its formula.
+
+    python tools/bench_pp.py --pp 4 --rows 8 --json tools/baselines/pp.json
+
+Real `Pipeline`, real schedules, real sends over gloo; only the computation is simulated: a block sleeps in its forward,
+in the gradient of its input, and in the gradient of its weight, equally long in every stage, so the machine needs no
+cores for it. The first stage has no input to send a gradient for: torch runs its whole backward where the gradient of
+the weights is due, and so it does here.
+
+The formulas are for p ranks, M rows, v stages a rank and the times F, I, W of a row in a *rank* (all its stages):
+
+gpipe, 1f1b       M·(F+I+W) + (p−1)·(F+I+W)               Huang et al., arXiv 1811.06965; Narayanan et al., 2104.04473
+interleaved       M·(F+I+W) + (p−1)·(F+I+W)/v             Narayanan et al., 2104.04473
+interleaved-zb    the longest path through its actions, each with its time (Qi et al., 2401.10241, gives bounds)
+zbv, dualpipev    the same; with F = I = W all that is left is the time until the last rank can begin, or nearly so
+
+Exits with 1 when a bubble (as a part of the step) is more than 10 % away from the formula's.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from train.attention.interface import Segments  # noqa: E402
+from train.config import Config, Data, Layout  # noqa: E402
+from train.mesh import build_mesh  # noqa: E402
+from train.model.config import LayerConfig, ModelConfig, Rope  # noqa: E402
+from train.model.decoder import Decoder  # noqa: E402
+from train.parallel.pipeline import Pipeline  # noqa: E402
+from train.parallel.pp import SCHEDULES, cut_stages  # noqa: E402
+from train.row import MicroBatch  # noqa: E402
+
+HIDDEN, VOCABULARY, TOKENS = 8, 16, 4
+TOLERANCE = 0.1
+
+
+class Sleep(torch.autograd.Function):
+    """`x` as it is, after a sleep in forward and another in backward (seconds)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.seconds = backward
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        time.sleep(ctx.seconds)
+        return grad, None, None
+
+
+class SleepingBlock(torch.nn.Module):
+    """A block of one weight: F and I sleep on the way of the hidden states, W on the way of the weight."""
+
+    rope = None
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1, HIDDEN))
+        self.seconds = seconds
+
+    def forward(self, x_TD: Tensor, rope: None, segments: Segments) -> Tensor:
+        return Sleep.apply(x_TD, self.seconds, self.seconds) * Sleep.apply(self.weight, 0.0, self.seconds)
+
+
+def measure_rank(rank: int, size: int, folder: str, name: str, rows: int, seconds: float, repeats: int, out: Any) -> None:
+    """Seconds of a step of one schedule, the median of `repeats`, from rank 0."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
+    )
+    torch.set_num_threads(1)
+    per_rank = SCHEDULES[name].stages or 2
+    layout = Layout(device="cpu", pp=size, pp_schedule=name, pp_split=",".join(["1"] * (size * per_rank)))
+    config = Config(layout=layout, data=Data(batch_packs=rows))
+    mesh = build_mesh(layout, torch.device("cpu"))
+    layers = (LayerConfig(window=None, rope=Rope(10_000.0, HIDDEN)),) * (size * per_rank)
+    model = Decoder(
+        ModelConfig("llama", VOCABULARY, HIDDEN, 8, 1, 1, HIDDEN, layers, 64, 1e-5, 1.0, tied_embeddings=False)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    for index in range(len(layers)):
+        model.layers[index] = SleepingBlock(seconds / per_rank)
+    pipeline = Pipeline(cut_stages(model, mesh, config), mesh, config)
+    ids = torch.zeros(TOKENS, dtype=torch.int32)
+    row = MicroBatch(ids, ids.long(), ids, Segments.of([TOKENS]))
+    times = []
+    for _ in range(repeats + 1):  # the first makes the schedule and the connections
+        dist.barrier()
+        began = time.perf_counter()
+        pipeline.accumulate_gradients([row] * rows, rows * TOKENS)
+        dist.barrier()
+        times.append(time.perf_counter() - began)
+    if rank == 0:
+        out.put((statistics.median(times[1:]), actions_of(pipeline)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def actions_of(pipeline: Pipeline) -> dict[int, list[tuple[int, str, int]]]:
+    """(stage, F | I | W | B, row) in the order of each rank, as torch planned it."""
+    planned = {}
+    for rank, actions in pipeline._schedule.pipeline_order.items():
+        flat = [part for action in actions if action is not None for part in (action.sub_actions or (action,))]
+        known = [(a.stage_index, a.computation_type.value, a.microbatch_index) for a in flat]
+        planned[rank] = [action for action in known if action[1] in "FIWB"]
+    return planned
+
+
+def longest_path(planned: dict[int, list[tuple[int, str, int]]], stages: int, seconds: float) -> float:
+    """Seconds of a step when each action begins as soon as its rank is free and its input is there; `seconds` are those
+    of F, of I and of W of one stage. Written without torch's own simulation."""
+    ended: dict[tuple[int, str, int], float] = {}
+    clock = dict.fromkeys(planned, 0.0)
+    left = {rank: list(actions) for rank, actions in planned.items()}
+    while any(left.values()):
+        progress = False
+        for rank, actions in left.items():
+            while actions:
+                stage, kind, row = actions[0]
+                needs = [(stage - 1, "F", row)] * (stage > 0) if kind == "F" else [(stage, "F", row)]
+                if kind in "IB" and stage < stages - 1:
+                    needs.append((stage + 1, "I", row))
+                if any(need not in ended for need in needs):
+                    break
+                # The first stage's whole backward runs where its W stands.
+                length = {"F": 1, "I": 1 if stage else 0, "W": 1 if stage else 2, "B": 2}[kind]
+                clock[rank] = max([clock[rank], *(ended[need] for need in needs)]) + length * seconds
+                ended[stage, "I" if kind == "B" else kind, row] = clock[rank]
+                actions.pop(0)
+                progress = True
+        assert progress, "the plan waits for itself"
+    return max(clock.values())
+
+
+def measure(name: str, size: int, rows: int, seconds: float, repeats: int) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    out = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (size, folder, name, rows, seconds, repeats, out)
+        ranks = [context.Process(target=measure_rank, args=(rank, *arguments)) for rank in range(size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            sys.exit(f"{name}: a rank failed")
+    measured, planned = out.get()
+    per_rank = SCHEDULES[name].stages or 2
+    path = longest_path(planned, size * per_rank, seconds / per_rank)
+    row_seconds = 3 * seconds
+    closed = {"gpipe": row_seconds, "1f1b": row_seconds, "interleaved": row_seconds / per_rank}.get(name)
+    formula = path if closed is None else rows * row_seconds + (size - 1) * closed
+    work = rows * row_seconds
+    return {
+        "bubble_measured": 1 - work / measured,
+        "bubble_formula": 1 - work / formula,
+        "bubble_longest_path": 1 - work / path,
+        "step_seconds": measured,
+        "formula_seconds": formula,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pp", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=8, help="rows (microbatches) a step")
+    parser.add_argument("--seconds", type=float, default=0.06, help="of F, of I and of W of a row in a rank")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the result here too")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    report = {"pp": options.pp, "rows": options.rows, "seconds": options.seconds, "schedules": {}}
+    print(f"{'schedule':<16}{'step s':>8}{'bubble':>9}{'formula':>9}{'longest path':>14}")
+    far = []
+    for name in SCHEDULES:
+        r = measure(name, options.pp, options.rows, options.seconds, options.repeats)
+        report["schedules"][name] = {key: round(value, 4) for key, value in r.items()}
+        print(
+            f"{name:<16}{r['step_seconds']:>8.3f}{r['bubble_measured']:>9.1%}{r['bubble_formula']:>9.1%}"
+            f"{r['bubble_longest_path']:>14.1%}",
+            flush=True,
+        )
+        if abs(r["bubble_measured"] - r["bubble_formula"]) > TOLERANCE * r["bubble_formula"]:
+            far.append(name)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if far:
+        sys.exit(f"more than 10 % from the formula: {', '.join(far)}")
+
+
+if __name__ == "__main__":
+    main()
