@@ -78,7 +78,9 @@ class SleepingBlock(torch.nn.Module):
         return Sleep.apply(x_TD, self.seconds, self.seconds) * Sleep.apply(self.weight, 0.0, self.seconds)
 
 
-def measure_rank(rank: int, size: int, folder: str, name: str, rows: int, seconds: float, repeats: int, out: Any) -> None:
+def measure_rank(
+    rank: int, size: int, folder: str, name: str, rows: int, seconds: float, repeats: int, out: Any
+) -> None:
     """Seconds of a step of one schedule, the median of `repeats`, from rank 0."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=size, timeout=timedelta(seconds=120)

@@ -118,6 +118,8 @@ def train(config: Config) -> None:
         f"{steps:,} steps of {config.data.batch_packs} packs"
         + (f"; resumed at step {position.step} from {checkpoint}" if checkpoint else "")
     )
+    if isinstance(model, Pipeline):
+        metrics.say(model.summary())
     if training.summary:
         metrics.say(f"mixture: {training.summary}")
     if relaying := choose_lay(dataset, cut).summary(manifest.capacity, mesh.cp_size):

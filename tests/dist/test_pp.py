@@ -12,6 +12,9 @@ from formats.dataset import PackedDataset
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
 from train.config import Config, Data, Layout, Model
+from train.parallel.pp import SCHEDULES
+
+METHODS = ("gather", "needed", "ring", "ulysses")
 
 SIZES = {
     "vocab_size": 320,
@@ -47,7 +50,7 @@ def places(tmp_path_factory):
                 torch.nn.init.normal_(parameter, mean=float("norm" in key and name != "gemma2"), std=0.15)
         model.save_pretrained(folder / name)
         found[name] = folder / name
-    rows = random_packs(np.random.default_rng(4), 7, CAPACITY, 4, 320)
+    rows = random_packs(np.random.default_rng(4), 7, CAPACITY, 4, 320, max_docs=4)
     found["shards"] = make_shards(folder / "shards", rows, capacity=CAPACITY, align=4, cp=2)
     return found
 
@@ -67,19 +70,65 @@ def wanted(places, tmp_path_factory):
     return compute
 
 
-def case(schedule, pp, model="tied", dtype=torch.float64, split=None, recompute="none", batch=8, **axes):
+def case(schedule, pp, model="tied", dtype=torch.float64, micro=1, split=None, recompute="none", compiled=False, **axes):
     """7 packs in a batch of 8: some row of some rank is always empty."""
     layout = Layout(pp=pp, pp_schedule=schedule, pp_split=split, **axes)
-    return Config(data=Data(batch_packs=batch), layout=layout, model=Model(recompute=recompute)), model, dtype
+    options = Model(recompute=recompute, compile=compiled, compile_backend="eager")
+    return Config(data=Data(batch_packs=8, micro_packs=micro), layout=layout, model=options), model, dtype
 
 
-SINGLE, SEVERAL = ("gpipe", "1f1b"), ("interleaved",)
-CASES = {2: [case(s, 2) for s in (*SINGLE, *SEVERAL)]}
+F32 = {"dtype": torch.float32}
+WHOLE = tuple(name for name in SCHEDULES if not SCHEDULES[name].split)
+CASES = {
+    2: [
+        case("gpipe", 2, "gemma2", recompute="full", **F32),
+        case("1f1b", 2, "untied", micro=3, split="3,5"),
+        case("interleaved", 2, "tied", split="1,2,1,1,2,1"),
+        case("interleaved-zb", 2, "untied"),
+        case("zbv", 2, "tied"),
+        case("dualpipev", 2, "gemma2", **F32),
+    ],
+    4: [
+        case("1f1b", 4, "untied", compiled=True),
+        case("zbv", 4, "tied"),
+        case("1f1b", 2, "tied", recompute="selective"),
+        case("interleaved", 2, "tied", dp_replicate=2),
+        case("dualpipev", 2, "untied"),
+        case("interleaved-zb", 2, "gemma2", cp=2, **F32),
+        case("1f1b", 2, "gemma2", cp=2, cp_method="needed"),
+    ],
+}
+PRODUCT = {
+    2: [
+        *(case(name, 2, model, dtype) for name in SCHEDULES for model in MODELS for dtype in LIMIT),
+        *(case(name, 2, "gemma2", recompute=how) for name in WHOLE for how in ("full", "selective")),
+        *(case(name, 2, "tied", compiled=True) for name in WHOLE),
+    ],
+    4: [
+        *(case(name, 4, model, dtype) for name in SCHEDULES for model in ("tied", "untied") for dtype in LIMIT),
+        *(case(name, 2, model) for name in SCHEDULES for model in MODELS),
+        *(case(name, 2, "tied", dp_replicate=2) for name in SCHEDULES),
+        *(case(name, 2, "gemma2", cp=2, cp_method=method) for name in SCHEDULES for method in METHODS),
+        case("1f1b", 2, "tied", cpu_offload=True),
+        case("zbv", 2, "tied", cpu_offload=True),
+    ],
+    8: [
+        *(case(name, 2, "tied", cp=2, cp_method=method) for name in ("1f1b", "zbv") for method in METHODS),
+        *(case(name, 2, "untied", cp=2, dp_replicate=2) for name in ("interleaved", "interleaved-zb")),
+    ],
+}
 
 
 @pytest.mark.parametrize("world", CASES)
 def test_loss_and_every_gradient_equal_the_documents_one_at_a_time(world, places, wanted):
     check(world, CASES[world], places, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("world", PRODUCT)
+def test_and_so_does_the_whole_product(world, part, places, wanted):
+    check(world, PRODUCT[world][part::3], places, wanted)
 
 
 def check(world, cases, places, wanted):
@@ -88,6 +137,7 @@ def check(world, cases, places, wanted):
     ]
     of_ranks = run_ranks(packed_steps, world, arguments, timeout=280)
     for (config, model, dtype), *results in zip(cases, *of_ranks, strict=True):
+        where = f"{config.layout} {config.data} {config.model} {model} {dtype}"
         for loss, error, parameter in results:
-            assert loss == pytest.approx(wanted(model, dtype)[0], rel=LIMIT[dtype]), (config, model, dtype)
-            assert error <= LIMIT[dtype], (config, model, dtype, parameter)
+            assert loss == pytest.approx(wanted(model, dtype)[0], rel=LIMIT[dtype]), where
+            assert error <= LIMIT[dtype], f"{parameter}: {where}"

@@ -65,7 +65,7 @@ def packed_step(model_dir, shards, config, dtype, wanted_path):
     loss = sum_over(mesh, share, LOSS_AXES).item()
     loader.close()
     held = [None] * dist.get_world_size()
-    dist.all_gather_object(held, [name for name, _ in model.named_parameters()])
+    dist.all_gather_object(held, list(model.state_dict()))
     assert set().union(*held) == set(weight_sources(model_config)), "together the ranks hold the whole model"
     for parameter in model.parameters():
         assert parameter.grad.dtype == dtype

@@ -40,7 +40,9 @@ class Pipeline(nn.Module):
         self._count = mesh.pp_size * len(stages)
         self._group, self._size, self._rank = mesh.root.get_group("pp"), mesh.pp_size, mesh.pp_rank
         self._device = torch.device(mesh.root.device_type)
-        self._hidden_dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
+        self._name = config.layout.pp_schedule
+        self._param_dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
+        self._reduce_dtype = None if self._param_dtype is None else getattr(torch, config.model.reduce_dtype)
         self.config = next(iter(stages.values())).config
         self.embed_tokens = self._first.embed_tokens if self._first else None
         self.layers = nn.ModuleDict({name: b for stage in stages.values() for name, b in stage.layers.items()})
@@ -59,8 +61,25 @@ class Pipeline(nn.Module):
         return self._stages.get(0)
 
     @property
+    def _hidden_dtype(self) -> torch.dtype:
+        return self._param_dtype or next(self.parameters()).dtype
+
+    @property
     def _last(self) -> Decoder | None:
         return self._stages.get(self._count - 1)
+
+    def summary(self) -> str:
+        """What to know of it at the start of a run; collective over the ranks of the pipeline."""
+        weights, gradients = kept_bytes(self, self._param_dtype, self._reduce_dtype)
+        facts = {number: len(stage.layers) for number, stage in self._stages.items()}, weights + gradients
+        of_ranks: list[Any] = [None] * self._size
+        dist.all_gather_object(of_ranks, facts, group=self._group)
+        layers = dict(sorted(item for stages, _ in of_ranks for item in stages.items()))
+        kept = max(kept for _, kept in of_ranks) / 2**30
+        return (
+            f"pipeline {self._name}: stages of {', '.join(map(str, layers.values()))} layers; a rank keeps its weights "
+            f"and their gradients whole until all rows of a step are through, at most {kept:.2f} GiB besides its shards"
+        )
 
     def _give_row(self, stage: nn.Module, hidden: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[tuple, dict]:
         """Turn a stage's call (hidden states, row=number) into the decoder's."""
@@ -98,7 +117,7 @@ class Pipeline(nn.Module):
     def _build_schedule(self) -> Any:
         """The schedule for rows like those of this step: their number and length never change in a run."""
         tokens = len(self._rows[0].position_ids)
-        dtype = self._hidden_dtype or next(self.parameters()).dtype
+        dtype = self._hidden_dtype
         # Shapes are told, or torch would run the first row through all stages to find out, with all side effects.
         hidden = torch.empty(tokens, self.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
@@ -202,6 +221,21 @@ class Pipeline(nn.Module):
             dist.send(value.contiguous(), group=self._group, group_dst=self._rank_of(target))
         elif into is not None and into.numel():
             dist.recv(into, group=self._group, group_src=self._rank_of(source))
+
+
+def kept_bytes(model: nn.Module, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None) -> tuple[int, int]:
+    """Bytes of the weights and of the gradients of this rank before FSDP cuts them; 0 where it cuts nothing. The types
+    are those of mixed precision, None for that of the parameters."""
+    weights = gradients = 0
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            mesh, numel = parameter.device_mesh, parameter.numel()
+            for axis, placement in zip(mesh.mesh_dim_names, parameter.placements, strict=True):
+                if axis in ("tp", "ep") and placement.is_shard():
+                    numel //= mesh[axis].size()
+            weights += numel * (param_dtype or parameter.dtype).itemsize
+            gradients += numel * (reduce_dtype or parameter.dtype).itemsize
+    return weights, gradients
 
 
 def _local(tensor: Tensor) -> Tensor:
