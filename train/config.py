@@ -251,18 +251,6 @@ COMBINATIONS = (
         "--compile with both --tp {tp} and --cp {cp} is not proven yet: leave --compile or one of them out",
         lambda c: c.model.compile and c.layout.tp > 1 and c.layout.cp > 1,
     ),
-    Combination(
-        "compiled blocks, pipeline",
-        {"compile": True, "pp": 2},
-        "--compile with --pp {pp} is not proven yet: leave --compile out",
-        lambda c: c.model.compile and c.layout.pp > 1,
-    ),
-    Combination(
-        "pipeline × tensor parallelism",
-        {"pp": 2, "tp": 2},
-        "--pp {pp} with --tp {tp} is not proven yet: take one of the two, the ranks then shard over dp_shard",
-        lambda c: c.layout.pp > 1 and c.layout.tp > 1,
-    ),
     Combination("pipeline, all forwards before all backwards", {"pp": 2, "pp_schedule": "gpipe"}, PIPELINES),
     Combination("pipeline, one forward one backward", {"pp": 2}, PIPELINES),
     Combination("pipeline, interleaved stages", {"pp": 2, "pp_schedule": "interleaved"}, PIPELINES),
@@ -271,7 +259,8 @@ COMBINATIONS = (
     Combination("pipeline, from both ends of a V", {"pp": 2, "pp_schedule": "dualpipev"}, PIPELINES),
     Combination("pipeline, recomputed blocks", {"pp": 2, "recompute": "full"}, PIPELINES),
     Combination("pipeline, compiled blocks", {"pp": 2, "compile": True}, PIPELINES),
-    Combination("pipeline, context parallelism", {"pp": 2, "cp": 2}, PIPELINES),
+    Combination("pipeline × context parallelism", {"pp": 2, "cp": 2}, PIPELINES),
+    Combination("pipeline × tensor parallelism", {"pp": 2, "tp": 2}, PIPELINES),
     Combination(
         "pipeline with a split backward, recomputed blocks",
         {"pp": 2, "pp_schedule": "zbv", "recompute": "full"},
@@ -296,12 +285,7 @@ COMBINATIONS = (
         "leave --no-sp out",
         lambda c: c.layout.ep > 1 and c.layout.tp > 1 and not c.layout.sp,
     ),
-    Combination(
-        "expert and pipeline parallelism",
-        {"ep": 2, "pp": 2},
-        "--ep {ep} with --pp {pp} is not proven yet: take one of them",
-        lambda c: c.layout.ep > 1 and c.layout.pp > 1,
-    ),
+    Combination("pipeline × expert parallelism", {"ep": 2, "pp": 2}, "tests/dist/test_ep.py"),
 )
 """THE table: `check` takes its error from it, a test walks it, `matrix` prints it for the README."""
 

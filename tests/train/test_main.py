@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+from tiny_models import write_tiny_model
 from torch.distributed.tensor import DTensor
 
 import train.main
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
-from train.checkpoint import MARK, whole_checkpoints
+from train.checkpoint import MARK, step_folder, whole_checkpoints
 from train.config import parse
 
 ROOT = Path(__file__).parents[2]
@@ -149,19 +151,45 @@ def test_a_run_over_context_parallel_ranks_goes_on_without(data, flags, straight
     assert evaluations[1] == pytest.approx(evaluations[2], rel=1e-6)
 
 
-@pytest.mark.parametrize(("world", "layout"), [(2, {"pp": 2}), (4, {"pp": 2, "pp_schedule": "gpipe"})])
-def test_a_run_over_a_pipeline_goes_on_without(world, layout, data, flags, straight, tmp_path):
-    """The same losses and evaluations, a checkpoint that one rank can go on from, and the same export."""
-    out, one = tmp_path / "out", tmp_path / "one"
-    evaluated = {"eval_shards": data / "eval"}
-    run_ranks(run, world, flags(**layout, **evaluated))
-    run_ranks(run, 1, flags(out=one, resume=whole_checkpoints(out)[0], **evaluated))
-    for got, want in zip(steps_of(out) + steps_of(one), steps_of(straight) + steps_of(straight)[3:], strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
-        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
-    evaluations = [line["eval_loss"] for folder in (out, one) for line in read_metrics(folder) if "eval_loss" in line]
-    assert len(evaluations) == 3
-    assert evaluations[1] == pytest.approx(evaluations[2], rel=1e-6)
+def same_losses(got, wanted):
+    assert len(got) == len(wanted) > 0
+    for line, want in zip(got, wanted, strict=True):
+        assert line["loss"] == pytest.approx(want["loss"], rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+        assert [line[key] for key in ("step", "epoch", "tokens")] == [want[key] for key in ("step", "epoch", "tokens")]
+
+
+def test_a_run_goes_on_over_any_pipeline(data, tmp_path):
+    """Stages 4 → 1 → 4 of another kind: the losses, evaluations and weights of a run on one rank without a break."""
+    model = write_tiny_model(tmp_path / "model", "qwen2", num_hidden_layers=4)  # tied embeddings
+    chain = [  # (ranks, layout, the step it goes on from)
+        (1, {}, 0),
+        (2, {"pp": 2, "pp_schedule": "interleaved"}, 0),
+        (1, {}, 2),
+        (4, {"pp": 4}, 4),
+        (4, {"pp": 2, "pp_schedule": "gpipe"}, 4),
+    ]
+    outs = [tmp_path / f"out-{number}" for number in range(len(chain))]
+    before = None
+    for out, (world, layout, step) in zip(outs, chain, strict=True):
+        options = {"save_every": 2, "keep": 0, "eval_shards": data / "eval", **layout}
+        if step:
+            options["resume"] = step_folder(before, step)
+        said = run_ranks(run, world, arguments(data, model, out, **options), timeout=200)
+        assert ("pipeline" in said[0]) == ("pp" in layout)
+        before = before if world == 4 else out
+    wanted = steps_of(outs[0])
+    for out, (_, _, step) in zip(outs[1:], chain[1:], strict=True):
+        same_losses(steps_of(out), wanted[step:])
+    evaluations = [[line["eval_loss"] for line in read_metrics(out) if "eval_loss" in line] for out in outs]
+    assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-6)
+    assert [found[-1] for found in evaluations] == pytest.approx([evaluations[0][-1]] * len(outs), rel=1e-6)
+    weights = load_file(outs[0] / "hf" / "model.safetensors")
+    for out in outs[1:]:
+        exported = load_file(out / "hf" / "model.safetensors")
+        assert exported.keys() == weights.keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(exported[name], value, rtol=1e-4, atol=1e-6)
 
 
 SWITCHES = {"recompute": "full", "dp_replicate": 2, "micro_packs": 2}
@@ -249,16 +277,17 @@ def evaluate_with_transformers(model, folder):
     return total / targets
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_any_rank_ends_with_a_checkpoint_and_the_way_on(number, flags, straight, tmp_path):
-    said = run_ranks(run, 2, flags(), (1, 2, number))
+@pytest.mark.parametrize(("number", "layout"), [(signal.SIGTERM, {}), (signal.SIGUSR1, {"pp": 2})])
+def test_a_signal_to_any_rank_ends_with_a_checkpoint_and_the_way_on(number, layout, flags, straight, tmp_path):
+    said = run_ranks(run, 2, flags(**layout), (1, 2, number))
     assert "stopped by a signal after step 2 of 6" in said[0]
     assert "--resume auto" in said[0]
     assert said[1] == ""
     (checkpoint,) = whole_checkpoints(tmp_path / "out")
     assert checkpoint.name == "step-00000002"
-    run_ranks(run, 2, flags(resume="auto"))
-    assert steps_of(tmp_path / "out") == steps_of(straight)
+    run_ranks(run, 2, flags(resume="auto", **layout))
+    same_losses(steps_of(tmp_path / "out"), steps_of(straight))
+    assert layout or steps_of(tmp_path / "out") == steps_of(straight), "on the same mesh to the bit"
 
 
 def test_checkpoints_in_the_background_hold_the_same(flags, straight, tmp_path):
@@ -318,8 +347,9 @@ def poisoned(argv):
         return str(error)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer(flags, tmp_path):
-    errors = run_ranks(poisoned, 2, flags())
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}], ids=["dp_shard", "pp"])
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(layout, flags, tmp_path):
+    errors = run_ranks(poisoned, 2, flags(**layout))
     assert all("not finite, so stopped before the optimizer step; lower --lr" in error for error in errors)
     assert [line["step"] for line in steps_of(tmp_path / "out")] == [1]
 

@@ -40,6 +40,7 @@ class Pipeline(nn.Module):
         self._count = mesh.pp_size * len(stages)
         self._group, self._size, self._rank = mesh.root.get_group("pp"), mesh.pp_size, mesh.pp_rank
         self._device = torch.device(mesh.root.device_type)
+        self._stream_ranks = mesh.tp_size if config.layout.sp else 1  # among which a row's tokens are shared out
         self._name = config.layout.pp_schedule
         self._param_dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
         self._reduce_dtype = None if self._param_dtype is None else getattr(torch, config.model.reduce_dtype)
@@ -48,6 +49,8 @@ class Pipeline(nn.Module):
         self.layers = nn.ModuleDict({name: b for stage in stages.values() for name, b in stage.layers.items()})
         self.norm = self._last.norm if self._last else None
         self.lm_head = self._last.lm_head if self._last and not self.config.tied_embeddings else None
+
+        self._check_tied_copy()
 
         self._rows: list[MicroBatch] = []
         self._target_tokens = 1
@@ -59,10 +62,6 @@ class Pipeline(nn.Module):
     @property
     def _first(self) -> Decoder | None:
         return self._stages.get(0)
-
-    @property
-    def _hidden_dtype(self) -> torch.dtype:
-        return self._param_dtype or next(self.parameters()).dtype
 
     @property
     def _last(self) -> Decoder | None:
@@ -116,11 +115,10 @@ class Pipeline(nn.Module):
 
     def _build_schedule(self) -> Any:
         """The schedule for rows like those of this step: their number and length never change in a run."""
-        tokens = len(self._rows[0].position_ids)
-        dtype = self._hidden_dtype
         # Shapes are told, or torch would run the first row through all stages to find out, with all side effects.
-        hidden = torch.empty(tokens, self.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
-        loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
+        hidden = self._empty_hidden("meta").requires_grad_()
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
         stages = [
             PipelineStage(
                 stage,
@@ -136,6 +134,12 @@ class Pipeline(nn.Module):
         options = {"n_microbatches": len(self._rows), "loss_fn": self._mean_loss, "scale_grads": False}
         single = self._schedule_kind.stages == 1
         return self._schedule_kind.schedule(stages[0] if single else stages, **options)
+
+    def _empty_hidden(self, device: torch.device | str) -> Tensor:
+        """What travels between two stages for a row: the tokens of this rank's stream."""
+        tokens = len(self._rows[0].position_ids) // self._stream_ranks
+        dtype = self._param_dtype or next(self.parameters()).dtype
+        return torch.empty(tokens, self.config.hidden_size, dtype=dtype, device=device)
 
     def _mean_loss(self, loss: Tensor, number: Tensor) -> Tensor:
         return loss / self._target_tokens
@@ -192,6 +196,19 @@ class Pipeline(nn.Module):
         if self._schedule_kind.v_shaped:
             return min(number, self._count - 1 - number)
         return number % self._size
+
+    def _check_tied_copy(self) -> None:
+        if not self.config.tied_embeddings:
+            return
+        mine = [_local(self._first.embed_tokens.weight).shape] if self._first else []
+        mine += [_local(self._last.lm_head.weight).shape] if self._last else []
+        of_ranks: list[Any] = [None] * self._size
+        dist.all_gather_object(of_ranks, mine, group=self._group)
+        if len({shape for shapes in of_ranks for shape in shapes}) > 1:
+            raise ValueError(
+                "the embedding is tied to the head, which another pipeline stage has: --tp-plan must give embed_tokens "
+                "and lm_head the same style"
+            )
 
     @torch.no_grad()
     def _fill_tied_copy(self) -> None:
