@@ -182,7 +182,14 @@ def gradients_of(cases):
     return found
 
 
-def test_no_token_reaches_another_document_through_a_pipeline(places, tmp_path):
+PROBED = {
+    2: [{"pp_schedule": name} for name in SCHEDULES],
+    4: [{"cp": 2, "cp_method": method} for method in METHODS] + [{"tp": 2}, {"cp": 2, "pp_schedule": "zbv"}],
+}
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_no_token_reaches_another_document_through_a_pipeline(world, places, tmp_path):
     """Only one document has targets: to the bit, no other document's tokens are in its loss or in any gradient, and
     its own are."""
     rows = random_packs(np.random.default_rng(9), 4, CAPACITY, 4, 320, max_docs=4)
@@ -199,16 +206,14 @@ def test_no_token_reaches_another_document_through_a_pipeline(places, tmp_path):
         if changed is not None:
             packs[1][0][starts[changed]] += 1
         folders[name] = make_shards(tmp_path / name.replace(" ", "-"), packs, capacity=CAPACITY, align=4, cp=2)
-    layouts = [{"pp_schedule": name} for name in SCHEDULES] + [{"cp": 2, "cp_method": method} for method in METHODS]
-    for world, chosen in ((2, layouts[: len(SCHEDULES)]), (4, layouts[len(SCHEDULES) :])):
-        cases = [
-            (places["gemma2"], shards, Config(data=Data(batch_packs=4), layout=Layout(pp=2, **layout)))
-            for layout in chosen
-            for shards in folders.values()
-        ]
-        for of_rank in run_ranks(gradients_of, world, cases, timeout=280):
-            for k, layout in enumerate(chosen):
-                (loss, before), (same, unmoved), (differs, moved) = of_rank[3 * k : 3 * k + 3]
-                assert loss == same != differs, layout
-                assert all(torch.equal(before[name], unmoved[name]) for name in before), layout
-                assert any(not torch.equal(before[name], moved[name]) for name in before), layout
+    cases = [
+        (places["gemma2"], shards, Config(data=Data(batch_packs=4), layout=Layout(pp=2, **layout)))
+        for layout in PROBED[world]
+        for shards in folders.values()
+    ]
+    for of_rank in run_ranks(gradients_of, world, cases, timeout=280):
+        for k, layout in enumerate(PROBED[world]):
+            (loss, before), (same, unmoved), (differs, moved) = of_rank[3 * k : 3 * k + 3]
+            assert loss == same != differs, layout
+            assert all(torch.equal(before[name], unmoved[name]) for name in before), layout
+            assert any(not torch.equal(before[name], moved[name]) for name in before), layout

@@ -184,8 +184,7 @@ class Pipeline(nn.Module):
         return total
 
     def _receive(self, source: int) -> Tensor:
-        dtype = self._hidden_dtype or next(self.parameters()).dtype
-        hidden = torch.empty(len(self._rows[0].position_ids), self.config.hidden_size, dtype=dtype, device=self._device)
+        hidden = self._empty_hidden(self._device)
         dist.recv(hidden, group=self._group, group_src=source)
         return hidden
 
