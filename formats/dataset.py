@@ -83,6 +83,14 @@ def read_index(path: Path) -> PackIndex:
     return PackIndex({name: batch.column(name).to_numpy(zero_copy_only=True) for name in schema.names})
 
 
+def damaged_pack(shard: Path, row: int, pack: int) -> ValueError:
+    """What to raise when the hash of a pack is not the one in the index."""
+    return ValueError(
+        f"{shard}: row {row} (pack {pack}) is damaged: its hash is not the one in packs.arrow; "
+        "restore the shard from a copy or pack again"
+    )
+
+
 class PackedDataset:
     """A packed folder (THD or sequence-ID): `len(ds)` packs, `ds[i]` pack i in training order.
 
@@ -124,6 +132,11 @@ class PackedDataset:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def shard_paths(self) -> list[Path]:
+        """The files of the shards in the order of their numbers."""
+        return [self.folder / name for name in self._shard_names]
+
     def shards(self) -> Iterator[Shard]:
         """All shards in the order of their numbers, each opened for its turn only."""
         for name in self._shard_names:
@@ -147,11 +160,7 @@ class PackedDataset:
     def check(self, index: int) -> None:
         """Compare pack `index` with its hash in the index; ValueError names shard and row when they differ."""
         if pack_digest(self[index]) != int(self.index.xxh3[index]):
-            number = int(self.index.shard[index])
-            raise ValueError(
-                f"{self.folder / self._shard_names[number]}: row {int(self.index.row[index])} (pack {index}) is "
-                "damaged: its hash is not the one in packs.arrow; restore the shard from a copy or pack again"
-            )
+            raise damaged_pack(self.shard_paths[int(self.index.shard[index])], int(self.index.row[index]), index)
 
     def check_files(self, part: int = 0, parts: int = 1) -> None:
         """Compare every file that the manifest lists with its checksum, reading all bytes; ValueError names the first

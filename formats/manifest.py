@@ -79,6 +79,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(Path(folder) / MANIFEST_NAME, {**value, "hash": _own_hash(value)})
 
 
+def is_compressed(manifest: Manifest) -> bool:
+    """Whether the shards were compressed for shipping (`prep pack --compress`): readers decompress, they cannot map."""
+    return bool(manifest.options.get("compress"))
+
+
 def refuse_address(folder: str | Path) -> None:
     """ValueError for an address (`s3://…`), naming the copy command: shards are mapped, so they lie in a folder."""
     found = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(folder))  # a Path has lost one of the slashes

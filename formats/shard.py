@@ -245,7 +245,8 @@ class Shard:
     def __init__(self, path: Path, kind: str):
         self.path = Path(path)
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._file = pa.memory_map(str(path))
+            self._reader = pa.ipc.open_file(self._file)
             self.schema = self._reader.schema
             if not self.schema.equals(SCHEMAS[kind], check_metadata=False):
                 raise ValueError(f"{path}: columns {self.schema.names} are not those of a {kind} shard")
@@ -269,6 +270,18 @@ class Shard:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def compressed(self) -> bool:
+        """Whether its arrays are decompressed copies and no views of the file."""
+        self._file.seek(0)
+        whole = self._file.read_buffer()  # a view of the map
+        return any(
+            not whole.address <= column.values.ctypes.data < whole.address + whole.size
+            for columns in self._batches
+            for column in columns
+            if column.values.nbytes
+        )
 
     def batches(self) -> Iterator[dict[str, ListColumn]]:
         """The record batches in order, each as its columns by name, read-only views."""

@@ -1,11 +1,19 @@
 """Parameter types and options that several commands share."""
 
+import os
 import re
 from pathlib import Path
 
 import click
 
 FOLDER = click.Path(path_type=Path)
+
+workers = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=lambda: len(os.sched_getaffinity(0)),
+    help="Processes; default: the cores of this machine.",
+)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 

@@ -102,7 +102,8 @@ def pack(
         )
         reports = read_reports(folders)
     if compress and not quiet:
-        click.echo("note: compressed shards are for shipping: readers decompress, they cannot map them", err=True)
+        way_back = f"prep convert --to {given['kind']} decompresses"
+        click.echo(f"note: compressed shards are for shipping, training cannot map them: {way_back}", err=True)
     names = [out if part == folder else f"{out.rstrip('/')}/{part.name}" for part in folders]
     show(names, reports, as_json=given["as_json"], quiet=quiet)
     _hold(wanted, reports[0])

@@ -15,6 +15,7 @@ import torch
 
 from formats.dataset import PackedDataset
 from formats.layout import align_up
+from formats.manifest import is_compressed
 from formats.order import (
     EMPTY,
     Stream,
@@ -86,14 +87,19 @@ class Schedule:
 def open_shards(folder: str, vocab_size: int | None = None) -> PackedDataset:
     """Open a packed folder for training.
 
-    Raises: ValueError when it is missing, unfinished, of another version, in sequence-ID layout, or holds ids that a
-    model of `vocab_size` tokens does not have.
+    Raises: ValueError when it is missing, unfinished, of another version, in sequence-ID layout, compressed, or holds
+    ids that a model of `vocab_size` tokens does not have.
     """
     dataset = PackedDataset(folder)
     manifest = dataset.manifest
     if manifest.kind != "thd":
         raise ValueError(
             f"{folder}: holds sequence-ID shards, the trainer reads THD; turn them with prep convert --to thd"
+        )
+    if is_compressed(manifest):
+        raise ValueError(
+            f"{folder}: holds shards compressed for shipping, which cannot be mapped; decompress them with "
+            "prep convert --to thd"
         )
     if len(dataset) == 0:
         raise ValueError(f"{folder}: holds no pack")

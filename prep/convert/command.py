@@ -3,6 +3,7 @@
 import click
 
 from prep.options import FOLDER
+from prep.options import workers as workers_option
 
 TO = ("thd", "seqid", "hf", "automodel", "bridge", "megatron")
 
@@ -20,12 +21,14 @@ HINTS = {
 @click.argument("folder", type=FOLDER)
 @click.option("--to", required=True, type=click.Choice(TO), help="Whose format.")
 @click.option("--out", required=True, type=FOLDER, help="Folder to write; must be empty or new.")
+@workers_option
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def convert(folder, to, out, quiet) -> None:
+def convert(folder, to, out, workers, quiet) -> None:
     """Write the packs of FOLDER (or of its train and eval) in the format of another trainer.
 
     \b
-    thd, seqid  the two layouts of this project, exactly into each other
+    thd, seqid  the two layouts of this project, exactly into each other; shards of prep pack --compress are
+                decompressed. The workers share the shards (the other formats are one stream, one process writes it)
     hf          a datasets folder for TRL's SFTTrainer and Axolotl
     automodel   a datasets folder for NVIDIA NeMo AutoModel's packed collater
     bridge      packed Parquet of NVIDIA Megatron-Bridge
@@ -40,6 +43,6 @@ def convert(folder, to, out, quiet) -> None:
 
     for part in packed_folders(folder):
         target = out if part == folder else out / part.name
-        packs = run(part, target, to)
+        packs = run(part, target, to, workers)
         if not quiet:
             click.echo(f"{target}: {packs:,} packs; {HINTS[to].format(out=str(target))}")

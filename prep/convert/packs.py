@@ -7,6 +7,7 @@ import numpy as np
 
 from formats.dataset import PackedDataset, SeqIdPack
 from formats.layout import position_ids, seqid_to_thd
+from formats.manifest import Manifest
 
 
 class Row(NamedTuple):
@@ -31,9 +32,13 @@ def rows(dataset: PackedDataset) -> Iterator[Row]:
     """All packs in training order, each compared with its hash. ValueError names a damaged one."""
     for n in range(len(dataset)):
         dataset.check(n)
-        pack = dataset[n]
-        if isinstance(pack, SeqIdPack):
-            thd = seqid_to_thd(pack.input_ids, pack.attention_mask, pack.labels, align=dataset.manifest.align)
-            yield Row(*thd, pack.doc_ids, pack.doc_offsets)
-        else:
-            yield Row(*pack)
+        yield as_row(dataset[n], dataset.manifest)
+
+
+def as_row(columns: tuple[np.ndarray, ...], manifest: Manifest) -> Row:
+    """The columns of a pack of either kind as a THD row."""
+    if manifest.kind == "thd":
+        return Row(*columns)
+    pack = SeqIdPack(*columns)
+    thd = seqid_to_thd(pack.input_ids, pack.attention_mask, pack.labels, align=manifest.align)
+    return Row(*thd, pack.doc_ids, pack.doc_offsets)

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from formats.dataset import PackedDataset
+from formats.manifest import is_compressed
 from formats.schema import KINDS
 from prep.convert.megatron import write_bridge, write_megatron
 from prep.convert.native import write_native
 from prep.convert.saved import write_automodel, write_hf
 
-FORMATS: dict[str, Callable[[PackedDataset, Path], None]] = {
-    "thd": lambda dataset, out: write_native(dataset, out, "thd"),
-    "seqid": lambda dataset, out: write_native(dataset, out, "seqid"),
+FOREIGN: dict[str, Callable[[PackedDataset, Path], None]] = {
     "hf": write_hf,
     "automodel": write_automodel,
     "bridge": write_bridge,
@@ -20,14 +19,15 @@ FORMATS: dict[str, Callable[[PackedDataset, Path], None]] = {
 }
 
 
-def convert(folder: Path, out: Path, to: str) -> int:
-    """Write the packs of `folder` to `out` as one of `FORMATS`; returns the number of packs.
+def convert(folder: Path, out: Path, to: str, workers: int = 1) -> int:
+    """Write the packs of `folder` to `out` as one of `KINDS` or `FOREIGN`; returns the number of packs.
 
     The work is done in a folder beside `out`, which takes its name at the end: `out` exists only when it is whole.
-    Raises ValueError for a damaged folder, for an `out` that is not empty, and for a conversion to the same kind.
+    `workers` share the shards of a native kind. Raises ValueError for a damaged folder, for an `out` that is not empty,
+    and for a conversion to the same kind of shards that are not compressed.
     """
     dataset = PackedDataset(folder)
-    if to in KINDS and to == dataset.manifest.kind:
+    if to == dataset.manifest.kind and not is_compressed(dataset.manifest):
         raise ValueError(f"{folder} is {to} already; name another --to")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} already exists; name an empty or new folder")
@@ -35,7 +35,10 @@ def convert(folder: Path, out: Path, to: str) -> int:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     try:
-        FORMATS[to](dataset, unfinished)
+        if to in KINDS:
+            write_native(dataset, unfinished, to, workers)
+        else:
+            FOREIGN[to](dataset, unfinished)
         if out.exists():
             out.rmdir()
         unfinished.rename(out)

@@ -3,6 +3,7 @@
 import click
 
 from prep.options import FOLDER, as_json, echo_json
+from prep.options import workers as workers_option
 
 
 @click.command()
@@ -31,9 +32,10 @@ def report(folder, as_json, no_page, quiet) -> None:
 @click.argument("folder", type=FOLDER)
 @click.option("--deep", is_flag=True, help="Also look into every pack: invariants, hashes, index and ledger sums.")
 @click.option("--rebuild", is_flag=True, help="Write a lost packs.arrow or manifest.json anew from the shards.")
+@workers_option
 @as_json
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def verify(folder, deep, rebuild, as_json, quiet) -> None:
+def verify(folder, deep, rebuild, workers, as_json, quiet) -> None:
     """Check that the shards in FOLDER (or in its train and eval) are what was written; exit 1 if anything is damaged.
 
     \b
@@ -47,7 +49,7 @@ def verify(folder, deep, rebuild, as_json, quiet) -> None:
     results = {}
     for part in packed_folders(folder):
         lost = rebuild_folder(part) if rebuild else []
-        found = verify_folder(part, deep=deep)
+        found = verify_folder(part, deep=deep, workers=workers)
         results[str(part)] = {"problems": found.problems, "checked": found.checked, "lost": lost}
     if as_json:
         echo_json(results)
@@ -65,9 +67,10 @@ def verify(folder, deep, rebuild, as_json, quiet) -> None:
 @click.command()
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--tokenizer", help="Needed for raw input; for stores and shards it adds template checks.")
+@workers_option
 @as_json
 @click.option("--quiet", is_flag=True, help="Print errors only.")
-def lint(inputs, tokenizer, as_json, quiet) -> None:
+def lint(inputs, tokenizer, workers, as_json, quiet) -> None:
     """Look for what makes training wrong in INPUTS: raw files, one document store, or one packed folder.
 
     Exit code 1 when there is an error; warnings and notes leave it at 0.
@@ -78,7 +81,7 @@ def lint(inputs, tokenizer, as_json, quiet) -> None:
     """
     from prep.inspect.subject import lint_inputs
 
-    results = lint_inputs(inputs, tokenizer)
+    results = lint_inputs(inputs, tokenizer, workers)
     if as_json:
         echo_json(results)
     else:

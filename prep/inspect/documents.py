@@ -1,13 +1,14 @@
 """Documents as they lie in a store or in packed shards, chunk by chunk: what lint and reports read."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from formats.dataset import PackedDataset
 from formats.schema import IGNORE_INDEX
-from formats.shard import ListColumn
+from formats.shard import ListColumn, Shard
 from prep.encode.store import DocumentStore
 
 
@@ -38,17 +39,37 @@ def store_chunks(store: DocumentStore) -> Iterator[Chunk]:
         yield Chunk(ids, mask, starts, lengths, of_batch, whole, unpacked)
 
 
+class ShardUnit(NamedTuple):
+    """A shard as a unit of work: its file and kind, and the numbers of its packs, int64[rows] in the order of rows."""
+
+    path: Path
+    kind: str
+    packs: np.ndarray
+
+
+def shard_units(dataset: PackedDataset) -> list[ShardUnit]:
+    """The shards of a packed folder in the order of their numbers."""
+    index, kind = dataset.index, dataset.manifest.kind
+    numbers = np.lexsort((index.row, index.shard))  # of the packs, in the order of the files
+    bounds = np.searchsorted(index.shard[numbers], np.arange(len(dataset.shard_paths) + 1))
+    pieces = zip(dataset.shard_paths, bounds[:-1], bounds[1:], strict=True)
+    return [ShardUnit(path, kind, numbers[low:high]) for path, low, high in pieces]
+
+
+def shard_chunks(unit: ShardUnit) -> Iterator[Chunk]:
+    """The slots of one shard, record batch by record batch."""
+    row = 0
+    for batch in Shard(unit.path, unit.kind).batches():
+        count = len(batch["doc_ids"].offsets) - 1
+        packs = unit.packs[row : row + count]
+        row += count
+        yield _thd_chunk(batch, packs) if unit.kind == "thd" else _seqid_chunk(batch, packs)
+
+
 def packed_chunks(dataset: PackedDataset) -> Iterator[Chunk]:
     """The slots of a packed folder, shard by shard."""
-    index = dataset.index
-    numbers = np.lexsort((index.row, index.shard))  # of the packs, in the order of the files
-    row = 0
-    for shard in dataset.shards():
-        for batch in shard.batches():
-            count = len(batch["doc_ids"].offsets) - 1
-            packs = numbers[row : row + count]
-            row += count
-            yield _thd_chunk(batch, packs) if dataset.manifest.kind == "thd" else _seqid_chunk(batch, packs)
+    for unit in shard_units(dataset):
+        yield from shard_chunks(unit)
 
 
 def _thd_chunk(batch: dict[str, ListColumn], packs: np.ndarray) -> Chunk:

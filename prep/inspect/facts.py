@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from formats.dataset import PackedDataset, PackIndex
-from formats.manifest import MANIFEST_NAME, Manifest
+from formats.manifest import MANIFEST_NAME, Manifest, is_compressed
 from formats.order import permutation
 from formats.schema import ALIGNMENTS
 from prep.inspect.documents import Slots, read_slots
@@ -84,7 +84,7 @@ def efficiency(manifest: Manifest, index: PackIndex) -> dict:
         "mean_document": tokens / int(per_pack.sum(dtype=np.int64)),
         "realigned": {str(a): int(index.padded(a).sum(dtype=np.int64)) - tokens for a in ALIGNMENTS},
         "bytes_on_disk": sum(entry.bytes for entry in manifest.files if entry.name.startswith("shards/")),
-        "compressed": bool(manifest.options.get("compress")),
+        "compressed": is_compressed(manifest),
     }
 
 

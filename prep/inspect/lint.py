@@ -4,7 +4,8 @@ Every finding has a count, a share and up to three examples. An *error* makes tr
 lint`), a *warning* deserves a look, a *note* is a fact that surprises people.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,8 @@ from numba import njit
 
 from formats.dataset import PackedDataset
 from prep.encode.store import DocumentStore
-from prep.inspect.documents import Chunk, packed_chunks, store_chunks
+from prep.engine.local import run_units
+from prep.inspect.documents import Chunk, ShardUnit, shard_chunks, shard_units, store_chunks
 
 EXAMPLES = 3
 LEVELS = ("error", "warning", "note")
@@ -52,17 +54,36 @@ def lint_store(store: DocumentStore) -> dict:
     return lint(store_chunks(store), Facts(info.vocab_size, *ids, info.sources, store.ledger.to_json()))
 
 
-def lint_packed(dataset: PackedDataset, ledger: Mapping) -> dict:
-    """Lint the documents of a packed folder with its `ledger` (as JSON); see `lint`."""
+def lint_packed(dataset: PackedDataset, ledger: Mapping, workers: int = 1) -> dict:
+    """Lint the documents of a packed folder with its `ledger` (as JSON), a shard a unit of work; see `lint`."""
     m = dataset.manifest
     ids = (-1 if i is None else i for i in (m.bos_id, m.eos_id, m.pad_id))
     sources = tuple((s.name, s.first_row, s.last_row) for s in m.sources)
-    return lint(packed_chunks(dataset), Facts(m.vocab_size, *ids, sources, ledger))
+    facts = Facts(m.vocab_size, *ids, sources, ledger)
+    small = facts._replace(sources=(), ledger={})  # all that looking needs: this goes to every worker
+    return _result(run_units(partial(_look_at_shard, small), shard_units(dataset), workers), facts)
 
 
 def lint(chunks: Iterable[Chunk], facts: Facts) -> dict:
     """JSON-compatible: {"documents", "errors", "warnings", "findings": [{"check", "level", "count", "share", "text",
     "examples"}]}, errors first. Pieces of cut documents count as documents here."""
+    return _result([_look_at(chunks, facts)], facts)
+
+
+class Looked(NamedTuple):
+    """What the kernel found: `flags` uint16[D], `hashes` uint64[D], `docs`, `packs` int64[D]."""
+
+    flags: np.ndarray
+    hashes: np.ndarray
+    docs: np.ndarray
+    packs: np.ndarray
+
+
+def _look_at_shard(facts: Facts, unit: ShardUnit) -> Looked:
+    return _look_at(shard_chunks(unit), facts)
+
+
+def _look_at(chunks: Iterable[Chunk], facts: Facts) -> Looked:
     flags, hashes, docs, packs = [], [], [], []
     for chunk in chunks:
         found = np.zeros(len(chunk.docs), np.uint16)
@@ -75,8 +96,12 @@ def lint(chunks: Iterable[Chunk], facts: Facts) -> dict:
         hashes.append(fingerprint)
         docs.append(chunk.docs)
         packs.append(chunk.packs)
-    places = np.concatenate(docs), np.concatenate(packs)
-    findings = _findings(np.concatenate(flags), np.concatenate(hashes), places, facts)
+    return Looked(*(np.concatenate(column) for column in (flags, hashes, docs, packs)))
+
+
+def _result(looked: Sequence[Looked], facts: Facts) -> dict:
+    flags, hashes, *places = (np.concatenate(column) for column in zip(*looked, strict=True))
+    findings = _findings(flags, hashes, places, facts)
     findings.sort(key=lambda f: LEVELS.index(f["level"]))
     return {
         "documents": len(places[0]),

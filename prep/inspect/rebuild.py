@@ -54,7 +54,8 @@ def rebuild(folder: Path) -> list[str]:
         return []
     names = [f"shards/{p.name}" for p in paths] + [INDEX_NAME, LEDGER_NAME, *REPORT_NAMES]
     present = [name for name in names if (folder / name).is_file()]
-    write_manifest(folder, _manifest(folder, head, content, present))
+    options = {"plan": head["plan"], "rebuilt": True, "compress": "zstd" if _compressed(paths, head) else None}
+    write_manifest(folder, _manifest(folder, head, content, present, options))
     lost = list(NOT_IN_SHARDS)
     if LEDGER_NAME not in present:
         lost.append(f"{LEDGER_NAME}: what was read, dropped and truncated; so verify stays unsatisfied")
@@ -123,13 +124,17 @@ def _read(paths: list[Path], head: dict) -> _Content:
     return _Content(columns, length, np.concatenate(docs))
 
 
-def _manifest(folder: Path, head: dict, content: _Content, present: list[str]) -> Manifest:
+def _compressed(paths: list[Path], head: dict) -> bool:
+    return any(Shard(path, head["kind"]).compressed for path in paths)
+
+
+def _manifest(folder: Path, head: dict, content: _Content, present: list[str], options: dict) -> Manifest:
     packs = len(content.columns["xxh3"])
     same = ("kind", "capacity", "align", "cp", "order", "block", "seed", "algorithm", "split", "tokenizer_hash")
     same += ("template_hash", "vocab_size", "pad_id", "bos_id", "eos_id", "largest_id")
     return Manifest(
         **{name: head[name] for name in same},
-        options={"plan": head["plan"], "rebuilt": True},
+        options=options,
         packages={},
         inputs=(),
         sources=tuple(Source(*source) for source in head["sources"]),

@@ -25,7 +25,7 @@ PROBE = [
 
 
 @contextmanager
-def open_store(inputs: Sequence[str], tokenizer: str | None) -> Iterator[DocumentStore]:
+def open_store(inputs: Sequence[str], tokenizer: str | None, workers: int = 1) -> Iterator[DocumentStore]:
     """The store that is named, or one encoded from raw files into a temporary folder for as long as it is looked at."""
     if len(inputs) == 1 and Path(inputs[0]).is_dir() and read_store(Path(inputs[0])) is not None:
         yield DocumentStore.open(inputs[0])
@@ -35,7 +35,7 @@ def open_store(inputs: Sequence[str], tokenizer: str | None) -> Iterator[Documen
     with tempfile.TemporaryDirectory(prefix="prep-") as folder:
         # Documents without a target are what lint looks for: they are kept here.
         options = EncodeOptions(tokenizer=str(tokenizer), keep_untrained=True)
-        yield encode([str(i) for i in inputs], Path(folder) / "store", options)
+        yield encode([str(i) for i in inputs], Path(folder) / "store", options, workers=workers)
 
 
 def is_packed(inputs: Sequence[str]) -> bool:
@@ -45,15 +45,15 @@ def is_packed(inputs: Sequence[str]) -> bool:
     return any((part / MANIFEST_NAME).is_file() for part in packed_folders(Path(inputs[0])))
 
 
-def lint_inputs(inputs: Sequence[str], tokenizer: str | None) -> dict[str, dict]:
-    """Findings (see `prep.inspect.lint.lint`) by name of what was looked at."""
+def lint_inputs(inputs: Sequence[str], tokenizer: str | None, workers: int = 1) -> dict[str, dict]:
+    """Findings (see `prep.inspect.lint.lint`) by name of what was looked at. `workers` share shards and raw input."""
     results = {}
     if is_packed(inputs):
         for part in packed_folders(Path(inputs[0])):
             ledger = Ledger.read_file(part / LEDGER_NAME).to_json()
-            results[str(part)] = lint_packed(PackedDataset(part), ledger)
+            results[str(part)] = lint_packed(PackedDataset(part), ledger, workers)
     else:
-        with open_store(inputs, tokenizer) as store:
+        with open_store(inputs, tokenizer, workers) as store:
             results[" ".join(map(str, inputs))] = lint_store(store)
     if tokenizer is not None:
         for found in lint_template(read_tokenizer(tokenizer)):

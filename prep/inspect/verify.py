@@ -1,21 +1,18 @@
 """Is a packed folder what was written? Everything that is wrong is found and named; nothing is changed."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from formats.dataset import INDEX_NAME, PackedDataset, ThdPack, read_index
-from formats.layout import check_thd, seqid_to_thd, thd_to_seqid
+from formats.dataset import INDEX_NAME, read_index
 from formats.manifest import MANIFEST_NAME, Manifest, fingerprint, read_manifest
 from formats.schema import FORMAT_VERSION
-from formats.shard import TEMPORARY_SUFFIX, Shard, file_digest, pack_digest, read_json
+from formats.shard import TEMPORARY_SUFFIX, Shard, file_digest, read_json
+from prep.inspect.deep import check_packs
 from prep.ledger import LEDGER_NAME, Ledger
-from prep.materialize import pack_columns
-
-MOST_PROBLEMS = 20
-"""Problems of one file that are named; a file with more is wrong as a whole."""
 
 
 class Verdict(NamedTuple):
@@ -25,10 +22,10 @@ class Verdict(NamedTuple):
     checked: list[str]
 
 
-def verify(folder: Path, *, deep: bool = False) -> Verdict:
+def verify(folder: Path, *, deep: bool = False, workers: int = 1) -> Verdict:
     """Check a packed folder: manifest (format version, its own hash, names inside the folder), every file (present,
     size, xxh3-128), no file too many, `packs.arrow` against the shards, fingerprint, totals and ledger sums. `deep`
-    reads every pack: hashes, the invariants of a row, ids, and every column of the index."""
+    reads every pack, by `workers` processes: hashes, the invariants of a row, ids, and every column of the index."""
     folder = Path(folder)
     try:
         manifest = read_manifest(folder)
@@ -38,7 +35,7 @@ def verify(folder: Path, *, deep: bool = False) -> Verdict:
     checked = [f"format version {FORMAT_VERSION}", f"checksums of {len(manifest.files)} files"]
     if problems:  # what is damaged cannot be read further
         return Verdict(problems, checked)
-    for check in (_index, _ledger, *([_packs] if deep else [])):
+    for check in (_index, _ledger, *([partial(check_packs, workers=workers)] if deep else [])):
         try:
             problems += check(folder, manifest)
         except ValueError as error:  # the readers name the file
@@ -137,54 +134,3 @@ def _ledger(folder: Path, manifest: Manifest) -> list[str]:
         if kept[unit] != manifest.totals.get(unit, kept[unit]):
             problems.append(f"{path}: keeps {kept[unit]} {unit}, the shards hold {manifest.totals[unit]}; pack again")
     return problems
-
-
-def _packs(folder: Path, manifest: Manifest) -> list[str]:
-    """Every pack: its hash, the invariants of its row, its ids, and its line in the index."""
-    dataset, problems = PackedDataset(folder), []
-    lengths, targets, seen = [], [], set()
-    for n in range(len(dataset)):
-        where = f"{folder}: pack {n} (shard {int(dataset.index.shard[n])}, row {int(dataset.index.row[n])})"
-        row = dataset[n]
-        try:
-            if pack_digest(row) != int(dataset.index.xxh3[n]):
-                raise ValueError("its hash is not the one in packs.arrow")
-            thd = _as_thd(row, manifest)
-            check_thd(*thd, capacity=manifest.capacity, align=manifest.align)
-            if int(row.input_ids.min()) < 0 or int(row.input_ids.max()) > max(manifest.largest_id, manifest.pad_id):
-                raise ValueError(f"ids outside 0 … {manifest.largest_id}")
-            if len(row.doc_ids) != len(thd[2]) or len(row.doc_offsets) != len(thd[2]):
-                raise ValueError(f"{len(row.doc_ids)} doc_ids for {len(thd[2])} documents")
-        except ValueError as error:
-            problems.append(f"{where}: {error}; restore the shard from a copy or pack again")
-            if len(problems) == MOST_PROBLEMS:
-                return [*problems, f"{folder}: more packs are damaged"]
-            continue
-        lengths.append(thd[2])
-        targets.append(int(thd[1].sum(dtype=np.int64)))
-        pieces = set(zip(row.doc_ids.tolist(), row.doc_offsets.tolist(), strict=True))
-        if len(pieces) < len(row.doc_ids) or seen & pieces:
-            problems.append(f"{where}: holds a document that is already packed elsewhere; pack again")
-        seen |= pieces
-    if problems:
-        return problems
-    offsets = np.append(0, np.cumsum([len(s) for s in lengths]))
-    columns = {**pack_columns(np.concatenate(lengths), offsets), "target_tokens": np.array(targets)}
-    for name, values in columns.items():
-        kept = dataset.index.padded(int(name[7:])) if name.startswith("padded_") else getattr(dataset.index, name)
-        if (wrong := np.flatnonzero(values != kept)).size:
-            problems.append(f"{folder / INDEX_NAME}: {name} of pack {wrong[0]} is not what its row says; pack again")
-    return problems
-
-
-def _as_thd(row, manifest: Manifest):
-    """(input_ids, loss_mask, seq_lens, slots) of a row of either kind; ValueError when it is not what its THD form
-    would be written as."""
-    if isinstance(row, ThdPack):
-        return row.input_ids, row.loss_mask, row.seq_lens, row.seq_lens_padded
-    thd = seqid_to_thd(row.input_ids, row.attention_mask, row.labels, align=manifest.align)
-    again = thd_to_seqid(*thd, capacity=manifest.capacity, pad_id=manifest.pad_id)
-    for name, want, have in zip(row._fields, again, row, strict=False):
-        if not np.array_equal(want, have):
-            raise ValueError(f"{name} does not fit the documents of the row")
-    return thd

@@ -21,6 +21,7 @@ from byte_tokenizer import write_byte_tokenizer
 from formats.dataset import PackedDataset
 from formats.layout import check_thd, seqid_to_thd
 from formats.manifest import read_manifest
+from formats.shard import Shard
 from prep.cli import main
 
 KILLS = 5
@@ -370,16 +371,40 @@ def test_a_whole_source_is_held_out(tokenizer, tmp_path):
     assert "--eval-source c is none of the sources a.jsonl, b.jsonl" in result.output
 
 
-def test_compressed_shards_hold_the_same_packs(source, tokenizer, tmp_path):
-    plain = packed(source, tmp_path / "plain", tokenizer)
-    arguments = ["--seq-len", 256, "--compress", "zstd", "--no-page"]
-    result = run("pack", tmp_path / "plain.store", "--out", tmp_path / "small", *arguments)
+@pytest.mark.parametrize("kind", ["thd", "seqid"])
+def test_compressed_shards_are_shipped_verified_and_decompressed_to_the_same_bytes(source, tokenizer, tmp_path, kind):
+    small, plain, back = tmp_path / "small", tmp_path / "plain", tmp_path / "back"
+    arguments = ["--seq-len", 256, "--format", kind, "--shard-size", "64K", "--workers", 1]
+    assert run("pack", source, "--out", plain, "--tokenizer", tokenizer, *arguments).exit_code == 0
+    result = run("pack", tmp_path / "plain.store", "--out", small, "--compress", "zstd", *arguments)
     assert result.exit_code == 0, result.output
-    assert "cannot map" in result.stderr
-    assert read_manifest(tmp_path / "small").fingerprint == read_manifest(plain).fingerprint
-    assert documents_of(tmp_path / "small") == documents_of(plain)
-    size = {f: sum(p.stat().st_size for p in (f / "shards").iterdir()) for f in (plain, tmp_path / "small")}
-    assert size[tmp_path / "small"] < 0.6 * size[plain]
+    assert f"training cannot map them: prep convert --to {kind} decompresses" in result.stderr
+    assert read_manifest(small).fingerprint == read_manifest(plain).fingerprint
+    assert documents_of(small) == documents_of(plain)
+    size = {f: sum(p.stat().st_size for p in (f / "shards").iterdir()) for f in (plain, small)}
+    assert size[small] < 0.6 * size[plain]
+    assert run("verify", small, "--deep").exit_code == 0
+    assert "compressed for shipping" in (small / "report.html").read_text()
+    assert PackedDataset(small).manifest.options["compress"] == "zstd"
+
+    assert run("convert", small, "--to", kind, "--out", back, "--workers", 1).exit_code == 0
+    assert run("verify", back, "--deep").exit_code == 0
+    for path in sorted(p for p in plain.rglob("*") if p.is_file() and p.name != "manifest.json"):
+        if path.parent.name == "shards":  # they repeat a hash of their options, of which compression is one
+            shard, again = (Shard(p, kind) for p in (path, back / path.relative_to(plain)))
+            for n in range(len(shard)):
+                for want, got in zip(shard.row(n), again.row(n), strict=True):
+                    np.testing.assert_array_equal(want, got)
+            assert not again.compressed
+        else:
+            assert path.read_bytes() == (back / path.relative_to(plain)).read_bytes(), path
+    refused = run("convert", back, "--to", kind, "--out", tmp_path / "x")
+    assert refused.exit_code == 1
+    assert f"is {kind} already" in refused.output
+
+    (small / "manifest.json").unlink()
+    assert run("verify", small, "--rebuild", "--deep").exit_code == 0
+    assert read_manifest(small).options["compress"] == "zstd"
 
 
 def test_drop_last_stands_in_the_ledger(source, tokenizer, tmp_path):

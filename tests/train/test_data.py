@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from byte_tokenizer import write_byte_tokenizer
 from formats.dataset import PackedDataset
 from formats.order import EMPTY
 from make_shards import make_shards, random_packs
+from prep.cli import main as prep
 from train.data import PackedLoader, Schedule, open_shards
 from train.row import TAIL_SEGMENT
 
@@ -147,6 +150,21 @@ def test_a_damaged_pack_stops_before_it_is_trained(tmp_path):
     trusting.next_step()
     assert len(list(trusting.rows())) == 4
     trusting.close()
+
+
+def test_compressed_shards_are_refused_until_they_are_decompressed(tmp_path):
+    """What `prep pack --compress` made cannot be mapped; `prep convert` makes of it what can."""
+    write_byte_tokenizer(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"text": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}\n' * 20)
+    pack = ["pack", tmp_path / "in.jsonl", "--tokenizer", tmp_path, "--out", tmp_path / "small", "--compress", "zstd"]
+    convert = ["convert", tmp_path / "small", "--to", "thd", "--out", tmp_path / "plain"]
+    for arguments in ([*pack, "--seq-len", 512, "--workers", 1, "--no-page"], convert):
+        if arguments is convert:
+            with pytest.raises(ValueError, match=r"compressed for shipping, which cannot be mapped; .* prep convert"):
+                open_shards(tmp_path / "small")
+        result = CliRunner().invoke(prep, [str(a) for a in arguments])
+        assert result.exit_code == 0, result.output
+    assert len(open_shards(tmp_path / "plain")) == 2
 
 
 def test_the_buffers_are_owned_and_the_map_stays_as_it_is(shards):

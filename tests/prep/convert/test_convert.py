@@ -1,6 +1,8 @@
 """Each conversion, against its documented layout; `test_peers.py` has the readers of the projects themselves."""
 
+import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -98,6 +100,31 @@ def test_megatron_documents_by_the_documented_layout(documents, converted):
     for document, length, pointer in zip(expected, lengths, pointers, strict=True):
         assert np.frombuffer(tokens, np.uint16, length, pointer).tolist() == document
     assert len(tokens) == 2 * lengths.sum()
+
+
+@pytest.mark.parametrize("to", ["seqid", "thd"])
+def test_any_number_of_workers_writes_the_same_bytes(packed, converted, tmp_path, to):
+    source = packed if to == "seqid" else converted("seqid")
+    contents = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        assert run("convert", source, "--to", to, "--out", out, "--workers", workers).exit_code == 0
+        contents.append({p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()})
+    assert len(contents[0]) > 4
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_damaged_pack_is_not_converted(packed, tmp_path, workers):
+    folder = Path(shutil.copytree(packed, tmp_path / "damaged"))
+    shard = folder / "shards" / "00001.arrow"
+    data = bytearray(shard.read_bytes())
+    data[data.find(PackedDataset(packed)[67].input_ids.tobytes()) + 4] ^= 1
+    shard.write_bytes(data)
+    result = run("convert", folder, "--to", "seqid", "--out", tmp_path / "x", "--workers", workers)
+    assert result.exit_code == 1
+    assert "00001.arrow: row 1 (pack 67) is damaged" in result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
 
 
 def test_refusals_leave_nothing(packed, tmp_path):

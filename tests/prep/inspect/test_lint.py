@@ -8,10 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 from byte_tokenizer import CHATML, write_byte_tokenizer
+from formats.dataset import PackedDataset
 from prep.cli import main
 from prep.encode.tokenizer import read_tokenizer
 from prep.inspect.documents import Chunk
-from prep.inspect.lint import Facts, lint
+from prep.inspect.lint import Facts, lint, lint_packed
 from prep.inspect.subject import lint_template
 
 BOS, EOS, PAD = 1, 2, 3
@@ -139,6 +140,21 @@ def test_raw_store_and_shards_give_the_same_findings(tmp_path):
     assert report["lint"]["warnings"] == 1
     assert run("lint", path).exit_code == 1
     assert "raw input needs --tokenizer" in run("lint", path).output
+
+
+def test_any_number_of_workers_finds_the_same(tmp_path):
+    from make_shards import make_shards, random_packs
+
+    rows = random_packs(np.random.default_rng(0), 12, 64, 1, 50)
+    rows[11] = rows[1]  # duplicates in another shard
+    rows[7][1][0] = 1
+    folder = make_shards(tmp_path / "s", rows, capacity=64, shard_packs=5, vocab_size=40)
+    ledger = {"total": {"read": {"documents": 1, "tokens": 1}, "truncated": {}, "notes": {}}}
+    alone, shared = (lint_packed(PackedDataset(folder), ledger, workers) for workers in (1, 2))
+    assert alone == shared
+    assert {"duplicates", "target-at-start", "id-out-of-range"} <= {f["check"] for f in alone["findings"]}
+    (found,) = (f for f in alone["findings"] if f["check"] == "duplicates")
+    assert all(place.endswith("pack 11") for place in found["examples"])
 
 
 def test_errors_exit_with_1(tmp_path):

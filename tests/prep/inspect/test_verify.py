@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from byte_tokenizer import write_byte_tokenizer
 from formats.dataset import PackedDataset
 from formats.manifest import _own_hash, read_manifest
 from prep.cli import main
+from prep.inspect.deep import check_packs
 from prep.inspect.verify import verify
 
 FLIPS = 150
@@ -253,6 +255,46 @@ def test_deep_finds_what_a_forger_made_consistent(copy, column):
     problems = verify(copy, deep=True).problems
     assert problems
     assert "pack 0 (shard 0, row 0)" in problems[0] or "pack 0" in problems[0]
+
+
+def test_any_number_of_workers_says_the_same(copy):
+    """Packs swapped between shards, a document twice, and a hash that is wrong, all made to fit what lies around them:
+    named in the same words and order by one process and by two."""
+    import pyarrow as pa
+
+    assert run("verify", copy, "--deep", "--workers", 2).exit_code == 0
+    path = copy / "packs.arrow"
+    with pa.OSFile(str(path)) as file:
+        index = pa.ipc.open_file(file).read_all()
+    columns = {name: index[name].to_numpy().copy() for name in index.schema.names}
+    last = len(index) - 1
+    columns["xxh3"][[1, last]] ^= np.uint64(1)
+    columns["row"][[2, 3]] = columns["row"][[3, 2]]  # two packs of one shard, each in the other's place
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, index.schema) as writer:
+        writer.write_table(pa.table({n: pa.array(v) for n, v in columns.items()}, schema=index.schema))
+    relist(copy, "packs.arrow")
+    alone, shared = (run("verify", copy, "--deep", "--workers", n) for n in (1, 2))
+    assert alone.exit_code == shared.exit_code == 1
+    assert alone.output == shared.output
+    named = [int(n) for n in re.findall(r"pack (\d+) \(shard \d+, row \d+\): its hash", alone.output)]
+    assert named == [1, 2, 3, last]
+
+
+def test_a_document_in_two_packs_is_found_wherever_they_lie(tmp_path):
+    """The second of two packs is named, in the same shard and in another; and which, not how often, with many."""
+    from make_shards import make_shards, random_packs
+
+    rows = random_packs(np.random.default_rng(0), 40, 64, 1, 50)
+    again = {3: 2, 9: 1, 39: 0}  # 39 lies in another shard than 0
+    for n, of in again.items():
+        doc_ids, offsets = rows[n][4].copy(), rows[n][5].copy()
+        doc_ids[-1], offsets[-1] = rows[of][4][0], rows[of][5][0]
+        rows[n] = (*rows[n][:4], doc_ids, offsets)
+    folder = make_shards(tmp_path / "s", rows, capacity=64, shard_packs=5)
+    for workers in (1, 2):
+        problems = check_packs(folder, read_manifest(folder), workers)
+        twice = [p for p in problems if "already packed elsewhere" in p]
+        assert [int(re.search(r"pack (\d+)", p)[1]) for p in twice] == sorted(again)
 
 
 def test_the_reader_refuses_a_damaged_pack(copy):
