@@ -123,6 +123,7 @@ def test_a_killed_and_resumed_run_is_bit_equal_to_one_without_a_break(flags, str
         (1, {"micro_packs": 4}),
         (2, {"cp": 2}),
         (4, {"cp": 2, "cp_method": "needed"}),
+        (4, {"tp": 2}),
     ],
 )
 def test_a_resume_on_another_mesh_gives_the_same_losses(world, layout, flags, straight, tmp_path):
@@ -137,11 +138,16 @@ def test_a_resume_on_another_mesh_gives_the_same_losses(world, layout, flags, st
         assert [got[key] for key in exact] == [want[key] for key in exact]
 
 
-def test_a_run_over_context_parallel_ranks_goes_on_without(data, flags, straight, tmp_path):
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, {"cp": 2, "cp_method": "ulysses"}), (4, {"tp": 4})],  # 2 key/value heads on 4 tensor ranks
+    ids=["context", "tensor"],
+)
+def test_a_run_over_other_ranks_goes_on_without(world, layout, data, flags, straight, tmp_path):
     """The same losses and evaluations, and a checkpoint that one rank can go on from."""
     out, one = tmp_path / "out", tmp_path / "one"
     evaluated = {"eval_shards": data / "eval"}
-    run_ranks(run, 2, flags(cp=2, cp_method="ulysses", **evaluated))
+    run_ranks(run, world, flags(**layout, **evaluated))
     run_ranks(run, 1, flags(out=one, resume=whole_checkpoints(out)[0], **evaluated))
     for got, want in zip(steps_of(out) + steps_of(one), steps_of(straight) + steps_of(straight)[3:], strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)

@@ -24,6 +24,7 @@ from train.mesh import Mesh
 from train.model.config import ModelConfig
 from train.parallel.exchange import AllGather, AllToAll, Exchange, part_of
 from train.parallel.ring import RingAttention
+from train.parallel.styles import RowLinear
 
 
 def apply_cp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
@@ -32,8 +33,6 @@ def apply_cp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     Raises: ValueError when the heads of the model cannot be shared out as the method needs it.
     """
     method, size = config.layout.cp_method, mesh.cp_size
-    if method == "ulysses":
-        check_heads(model.config, size, mesh.tp_size)
     exchange = {
         "gather": GatherAttention,
         "needed": NeededAttention,
@@ -41,16 +40,21 @@ def apply_cp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
         "ulysses": UlyssesAttention,
     }[method]
     for block in model.layers.children():
+        if method == "ulysses":
+            check_heads(model.config, size, mesh.tp_size if isinstance(block.attention.o_proj, RowLinear) else 1)
         block.attention.core = exchange(block.attention.core, mesh.root.get_group("cp"), mesh.cp_rank, size)
     return model
 
 
 def check_heads(config: ModelConfig, size: int, tp: int = 1) -> None:
-    """Raise a ValueError when `--cp-method ulysses` cannot share out the heads of a tensor rank over `size` ranks."""
-    heads, kv_heads = max(1, config.num_heads // tp), max(1, config.num_kv_heads // tp)
+    """Raise a ValueError when `--cp-method ulysses` cannot share out over `size` ranks the heads that one of the `tp`
+    ranks among which they are shared out already holds."""
+    heads, kv_heads = config.num_heads // tp, max(1, config.num_kv_heads // tp)
     if heads % size or (kv_heads % size and size % kv_heads):
         raise ValueError(
-            f"--cp-method ulysses cannot share out {heads} query and {kv_heads} key/value heads over --cp {size}; "
+            f"--cp-method ulysses cannot share out {heads} query and {kv_heads} key/value heads "
+            + "of a tensor rank " * (tp > 1)
+            + f"over --cp {size}; "
             "take another --cp-method, or a --cp that divides the query heads and divides the key/value "
             "heads or is a multiple of them"
         )
