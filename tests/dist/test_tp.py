@@ -27,7 +27,7 @@ from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.parallel.apply import parallelize
 from train.parallel.plans import PLANS
-from train.parallel.styles import TensorAxis
+from train.parallel.tensor_axis import TensorAxis
 from train.parallel.tp import choose_styles
 
 SHARDS = {"align 1": (199, 1, 1), "align 4": (200, 4, 2)}  # name → (capacity, align, cp): 199 tokens are cut by nothing
@@ -87,6 +87,7 @@ CASES = {
         case("llama", tp=2, dp_replicate=2, micro_packs=1),
         case("llama", tp=2, cp=2, shards="align 4"),
         case("gemma2", tp=2, cp=2, cp_method="needed", sp=False),
+        case("llama", tp=2, pp=2),
     ],
     8: [case("llama", F32, tp=2, cp=2, shards="align 4", recompute="full")],
 }
@@ -129,6 +130,8 @@ def test_every_family_in_every_layout(model, places, wanted):
 def test_three_kinds_of_ranks_in_every_way(places, wanted):
     ways = [{"cp_method": method, "sp": sp} for method in ("gather", "ring", "ulysses") for sp in (True, False)]
     cases = [case(model, tp=2, cp=2, shards="align 4", **way) for model in ("llama", "olmo2") for way in ways]
+    pipelines = [{"cp": 2}, {"cp": 2, "cp_method": "ring", "pp_schedule": "gpipe"}, {}, {"sp": False}]
+    cases += [case(model, tp=2, pp=2, **way) for model in ("llama", "olmo2") for way in pipelines]
     check(8, [*cases, case("llama", tp=4, cp=2), case("olmo2", tp=4, dp_replicate=2)], places, wanted)
 
 
@@ -140,7 +143,7 @@ OTHER_PLANS = (
 
 
 def test_another_plan_gives_the_same_gradients(places, wanted):
-    check(2, [case("llama", tp=2, tp_plan=plan) for plan in OTHER_PLANS], places, wanted)
+    check(2, [case("llama", tp=2, tp_plan=plan, micro_packs=6) for plan in OTHER_PLANS], places, wanted)
 
 
 @pytest.mark.slow
@@ -317,6 +320,7 @@ REFUSED = [
     (10, {}, Layout(tp=2), "embed_tokens.weight of shape (331, 48) into uneven rows, which FSDP cannot shard further"),
     (2, {"family": "unheard"}, Layout(tp=2), "there is no plan for unheard models; leave --tp at 1, or take llama"),
     (8, {}, Layout(tp=2, cp=4, cp_method="ulysses"), "2 query and 1 key/value heads of a tensor rank over --cp 4"),
+    (4, {}, Layout(tp=2, pp=2, tp_plan="lm_head=stream"), "embed_tokens has style vocab and lm_head stream"),
     (2, {}, Layout(tp=2), "nothing"),
 ]
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from train.config import Config
 from train.mesh import Mesh
 from train.model.moe import MixtureOfExperts
-from train.parallel.styles import is_cut_unevenly
+from train.parallel.tensor_axis import is_cut_unevenly
 
 
 def _cut(parameter: nn.Parameter) -> Shard:

@@ -32,7 +32,8 @@ from train.mesh import Mesh
 from train.model.config import ModelConfig
 from train.model.decoder import Decoder
 from train.parallel.plans import PLANS
-from train.parallel.styles import STYLES, Site, TensorAxis, is_cut_unevenly, place
+from train.parallel.styles import STYLES
+from train.parallel.tensor_axis import Site, TensorAxis, is_cut_unevenly, place
 
 CONTAINERS = ("attention", "mlp")  # modules of a block whose parts fit together only in the ways that styles make
 
@@ -45,6 +46,10 @@ def apply_tp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     """
     axis = TensorAxis(mesh.root["tp"], config.layout.sp)
     styles, placements = parse_overrides(config.layout.tp_plan, model.config)
+    if mesh.pp_size > 1 and model.config.tied_embeddings:
+        check_tied(styles)
+        if "embed_tokens.weight" in placements:
+            placements["lm_head.weight"] = placements["embed_tokens.weight"]
     parameters = dict(model.named_parameters())
     for name, placement in placements.items():
         if name in parameters:  # a pipeline stage has some of them
@@ -70,6 +75,16 @@ def apply_tp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
                 * (parameter.ndim > 1)
             )
     return model
+
+
+def check_tied(overrides: dict[str, str]) -> None:
+    """Raise a ValueError when the two stages of a pipeline that hold a tied weight would place it in two ways."""
+    embedding, head = (overrides.get(name, "vocab") for name in ("embed_tokens", "lm_head"))
+    if embedding != head:
+        raise ValueError(
+            f"--tp-plan: embed_tokens has style {embedding} and lm_head {head}, but they are tied and stand on two "
+            "stages of a pipeline; give both the same"
+        )
 
 
 def choose_styles(model: nn.Module, overrides: dict[str, str]) -> dict[str, str]:
