@@ -87,7 +87,6 @@ CASES = {
         case("llama", tp=2, dp_replicate=2, micro_packs=1),
         case("llama", tp=2, cp=2, shards="align 4"),
         case("gemma2", tp=2, cp=2, cp_method="needed", sp=False),
-        case("llama", tp=2, pp=2),
     ],
     8: [case("llama", F32, tp=2, cp=2, shards="align 4", recompute="full")],
 }
