@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from formats.dataset import PackedDataset
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
+from tiny_models import MIXTURES, write_tiny_model
 from train import hf
 from train.balance import take_load
 from train.config import Config, Data, Layout, Model, Router
@@ -25,77 +26,16 @@ from train.model.decoder import Decoder
 from train.parallel.apply import parallelize
 from train.step import LOSS_AXES, accumulate_gradients, sum_over
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-}
-FAMILIES = {
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        {
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 40,
-            "mlp_only_layers": [0],
-        },
-    ),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        {
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 24,
-            "n_shared_experts": 1,
-            "n_group": 4,
-            "topk_group": 2,
-            "first_k_dense_replace": 0,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 20,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 12,
-            "num_key_value_heads": 4,
-        },
-    ),
-    "gpt_oss": (
-        "GptOssConfig",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12, "sliding_window": 9, "swiglu_limit": 1.0},
-    ),
-}
+SIZES = {"vocab_size": 320, "intermediate_size": 40}
 # (capacity, align, packed for cp): uneven, and aligned for a zigzag cut.
 SHARDS = {"packed for 1": (199, 1, 1), "packed for 2": (200, 4, 2)}
 BALANCED = Router(router_aux_loss=0.3, router_z_loss=0.02)
 
 
-def write_model(folder, family):
-    import transformers
-
-    name, options = FAMILIES[family]
-    config = getattr(transformers, name)(**(SIZES | options))
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.15)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                torch.nn.init.normal_(buffer, std=0.05)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ep")
-    made = {family: write_model(folder / family, family) for family in FAMILIES}
+    made = {family: write_tiny_model(folder / family, family, **SIZES) for family in MIXTURES}
     for name, (capacity, align, cp) in SHARDS.items():
         rows = random_packs(np.random.default_rng(4), 5, capacity, align, 320)
         made[name] = make_shards(folder / name, rows, capacity=capacity, align=align, cp=cp)

@@ -1,4 +1,4 @@
-"""Tiny random models of every dense family, in the Hugging Face layout."""
+"""Tiny random models of every family, in the Hugging Face layout."""
 
 from pathlib import Path
 
@@ -30,6 +30,43 @@ DENSE = {
 }
 """Family → its configuration class in transformers, and what differs from its defaults."""
 
+MIXTURES = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 0,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 20,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12, "sliding_window": 9, "swiglu_limit": 1.0},
+    ),
+}
+"""The same of families with experts."""
+
 EAGER = ("gemma2",)
 """Families of which transformers' SDPA leaves the softcap out."""
 
@@ -38,7 +75,7 @@ def write_tiny_model(folder: Path, family: str, **options) -> Path:
     """A random model of `family` (`options` over `SIZES`) whose every gradient matters; returns `folder`."""
     import transformers
 
-    config, differences = DENSE[family]
+    config, differences = (DENSE | MIXTURES)[family]
     with torch.random.fork_rng():
         torch.manual_seed(5)
         config = getattr(transformers, config)(**(SIZES | differences | options))
@@ -46,5 +83,8 @@ def write_tiny_model(folder: Path, family: str, **options) -> Path:
         for name, parameter in model.named_parameters():
             offset = 1.0 if "norm" in name and not family.startswith("gemma") else 0.0
             torch.nn.init.normal_(parameter, mean=offset, std=0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.05)
     model.save_pretrained(folder)
     return folder
