@@ -53,13 +53,19 @@ class Experts(nn.Module):
 
 
 def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    """x · weight[e]ᵀ for the rows of each expert e: [R, F].
-
-    CUDA has one kernel for all groups in half precision; elsewhere the groups are looped over.
-    """
-    if x_RD.device.type == "cuda" and x_RD.dtype in (torch.bfloat16, torch.float16):
+    """x · weight[e]ᵀ for the rows of each expert e: [R, F]. One kernel for all groups, or a loop over them."""
+    if has_kernel(x_RD, weight_EFD):
         return nn.functional.grouped_mm(x_RD, weight_EFD.transpose(1, 2), offs=ends_E)
     return _loop(x_RD, weight_EFD, ends_E)
+
+
+def has_kernel(x_RD: Tensor, weight_EFD: Tensor) -> bool:
+    """Whether one kernel takes all groups: on CUDA, in half precision, with rows that begin at multiples of 16 bytes.
+
+    torch has it on CPU too, in float32; there the loop is faster and has float64.
+    """
+    half = x_RD.dtype in (torch.bfloat16, torch.float16)
+    return x_RD.device.type == "cuda" and half and all(size % 8 == 0 for size in weight_EFD.shape[1:])
 
 
 @torch.library.custom_op("meshpack::grouped_linear", mutates_args=())
