@@ -73,10 +73,10 @@ def run(argv, act=None):
     """A whole run on this rank; `act` = (rank, step, signal) sends itself a signal when the rank begins that step."""
     real, calls = train.main.train_step, itertools.count(1)
 
-    def acting(*args):
+    def acting(*args, **options):
         if act is not None and dist.get_rank() == act[0] and next(calls) == act[1]:
             os.kill(os.getpid(), act[2])
-        return real(*args)
+        return real(*args, **options)
 
     train.main.train_step = acting
     said = io.StringIO()
@@ -334,14 +334,14 @@ def poisoned(argv):
     """A run whose second step has an infinite weight; returns the error, if it ends with one."""
     real, calls = train.main.train_step, itertools.count(1)
 
-    def poison(model, *args):
+    def poison(model, *args, **options):
         if next(calls) != 2:
-            return real(model, *args)
+            return real(model, *args, **options)
         own = [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
         kept = own[-1].clone()
         own[-1].fill_(math.inf)
         before = [p.clone() for p in own]
-        result = real(model, *args)
+        result = real(model, *args, **options)
         assert all(map(torch.equal, before, own)), "a skipped step must change nothing"
         own[-1].copy_(kept)
         return result
