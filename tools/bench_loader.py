@@ -7,6 +7,8 @@ A row is one pack of `--capacity` tokens; every contender hands out `input_ids`,
 makes after them. Peers that do not import are named (`pip install datasets litdata mosaicml-streaming`). Figures are
 medians of rounds that alternate between all contenders; compare ratios, never figures of another day. `cpu` counts the
 processor time of all threads, which another job on the machine hardly disturbs; `wall` is what a training step sees.
+`--verify full` is one reading of all files at start: its rate, and its time as a share of one pass of the loader. What
+the loader could reach at best is measured beside it: numpy's plain copies of the same bytes.
 """
 
 import argparse
@@ -143,6 +145,19 @@ def latencies(folder: Path) -> dict[str, float]:
     return figures
 
 
+def copies(dataset: PackedDataset, buffers: int = 32) -> None:
+    """The least that any loader of these packs does, by numpy in one thread: ids moved once, labels and positions of
+    the right width written from what is in the cache already, the mask read."""
+    capacity = dataset.manifest.capacity
+    rows = [[np.empty(capacity, kind) for kind in (np.int32, np.int64, np.int32)] for _ in range(buffers)]
+    for n in range(len(dataset)):
+        pack, (ids, labels, positions) = dataset[n], rows[n % buffers]
+        ids[:] = pack.input_ids
+        labels[:] = ids
+        positions[:] = ids
+        pack.loss_mask.any()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capacity", type=int, default=8192)
@@ -178,6 +193,17 @@ def main() -> None:
                 seconds[peer]["wall"].append(time.perf_counter() - wall)
                 seconds[peer]["cpu"].append(time.process_time() - cpu)
 
+        checks: dict[str, list[float]] = {"wall": [], "cpu": []}
+        floors: dict[str, list[float]] = {"wall": [], "cpu": []}
+        dataset = PackedDataset(folder)
+        stored = sum(entry.bytes for entry in dataset.manifest.files)
+        for _ in range(options.rounds):
+            for work, into in ((dataset.check_files, checks), (lambda: copies(dataset), floors)):
+                wall, cpu = time.perf_counter(), time.process_time()
+                work()
+                into["wall"].append(time.perf_counter() - wall)
+                into["cpu"].append(time.process_time() - cpu)
+
     tokens = len(packs) * options.capacity
     best = {peer: {k: statistics.median(v) for k, v in of.items()} for peer, of in seconds.items()}
     print(f"{'contender':<22}{'M tokens/s, cpu':>18}{'wall':>10}{'time, ours = 1':>18}")
@@ -185,6 +211,21 @@ def main() -> None:
         ratio = of["cpu"] / best["meshpack"]["cpu"]
         print(f"{peer:<22}{tokens / of['cpu'] / 1e6:>18.1f}{tokens / of['wall'] / 1e6:>10.1f}{ratio:>17.1f}×")
     print("  ".join(f"{name} {value:.1f}" for name, value in figures.items()))
+    full, alone = ({k: statistics.median(v) for k, v in of.items()} for of in (checks, floors))
+    figures["verify_full_bytes_per_second"] = stored / full["cpu"]
+    figures["verify_full_of_one_reading"] = full["cpu"] / best["meshpack"]["cpu"]
+    figures["verify_pack_of_one_reading"] = best["meshpack, verified"]["cpu"] / best["meshpack"]["cpu"] - 1
+    figures["copies_alone_tokens_per_second"] = tokens / alone["cpu"]
+    figures["loader_of_copies_alone"] = alone["cpu"] / best["meshpack"]["cpu"]
+    print(
+        f"--verify full: {stored / full['cpu'] / 1e9:.1f} GB/s once at start, "
+        f"{figures['verify_full_of_one_reading']:.0%} of reading the shards once; --verify pack: "
+        f"{figures['verify_pack_of_one_reading']:+.0%} on every reading"
+    )
+    print(
+        f"plain copies of the same bytes: {tokens / alone['cpu'] / 1e6:.0f} M tokens/s; the loader reaches "
+        f"{figures['loader_of_copies_alone']:.0%} of that"
+    )
     if options.json:
         rates = {peer: {k: tokens / v for k, v in of.items()} for peer, of in best.items()}
         options.json.write_text(json.dumps({"tokens_per_second": rates, **figures}, indent=2, sort_keys=True) + "\n")

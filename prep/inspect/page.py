@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from prep.inspect import charts
+from prep.inspect.visible import visible
 
 BOOKS = ("dropped", "truncated")
 OTHER_SPLIT = ("to_eval", "to_train")
@@ -25,7 +26,9 @@ REASONS = {
 
 def render(report: dict) -> str:
     """The page of one report (`prep.inspect.report.make_report`)."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_finalize
+    )
     environment.filters |= {"n": "{:,}".format, "pct": _percent, "r3": "{:.3f}".format}
     template = environment.from_string(files("prep.inspect").joinpath("page.html").read_text(encoding="utf-8"))
     histograms, balance = report["histograms"], report["balance"]
@@ -121,6 +124,11 @@ def _per_pack_rows(histogram: dict) -> list[tuple[int, int, int]]:
     first, width = histogram["first"], histogram["width"]
     rows = ((first + i * width, first + (i + 1) * width - 1, n) for i, n in enumerate(histogram["packs"]))
     return [row for row in rows if row[2]]
+
+
+def _finalize(value: object) -> object:
+    """What stands for a value on the page; pictures are markup of our own and stay."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _percent(value: float) -> str:

@@ -4,6 +4,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from prep.inspect.visible import visible
+
 
 def print_report(console: Console, name: str, report: dict) -> None:
     """Print the report of one packed folder (`prep.inspect.facts.write_report`): its facts, and where every document
@@ -19,7 +21,7 @@ def print_report(console: Console, name: str, report: dict) -> None:
 def _print_facts(console: Console, name: str, facts: dict) -> None:
     per_pack = facts["documents_per_pack"]
     over = facts["packs"] - facts["lower_bound_packs"]
-    console.print(f"\n[bold]{escape(name)}[/bold]: packing efficiency", highlight=False)
+    console.print(f"\n[bold]{_text(name)}[/bold]: packing efficiency", highlight=False)
     table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -42,7 +44,7 @@ def _print_facts(console: Console, name: str, facts: dict) -> None:
 
 
 def _print_ledger(console: Console, name: str, account: dict) -> None:
-    console.print(f"[bold]{escape(name)}[/bold]: where everything went", highlight=False)
+    console.print(f"[bold]{_text(name)}[/bold]: where everything went", highlight=False)
     table = Table(box=None)
     table.add_column("")
     table.add_column("documents", justify="right")
@@ -58,12 +60,12 @@ def _print_ledger(console: Console, name: str, account: dict) -> None:
 
 
 def _print_sources(console: Console, name: str, sources: list[dict]) -> None:
-    console.print(f"[bold]{escape(name)}[/bold]: sources", highlight=False)
+    console.print(f"[bold]{_text(name)}[/bold]: sources", highlight=False)
     table = Table(box=None)
     for column in ("", "documents", "tokens", "share"):
         table.add_column(column, justify="left" if not column else "right")
     for s in sources:
-        table.add_row(escape(s["name"]), f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['share']:.2%}")
+        table.add_row(_text(s["name"]), f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['share']:.2%}")
     console.print(table)
 
 
@@ -71,7 +73,7 @@ def _print_balance(console: Console, name: str, balance: dict) -> None:
     if not balance["widths"]:
         return
     what = f"slowest rank over mean, attention of a model of {balance['model']}"
-    console.print(f"[bold]{escape(name)}[/bold]: {what}", highlight=False)
+    console.print(f"[bold]{_text(name)}[/bold]: {what}", highlight=False)
     table = Table(box=None)
     table.add_column("data-parallel ranks")
     for width in balance["widths"]:
@@ -89,10 +91,15 @@ def print_lint(console: Console, name: str, result: dict, *, errors_only: bool =
     shown = [f for f in result["findings"] if f["level"] == "error" or not errors_only]
     if not errors_only:
         summary = f"{result['errors']} errors, {result['warnings']} warnings in {result['documents']:,} documents"
-        console.print(f"\n[bold]{escape(name)}[/bold]: {summary}", highlight=False)
+        console.print(f"\n[bold]{_text(name)}[/bold]: {summary}", highlight=False)
     for found in shown:
         style = LEVEL_STYLES[found["level"]]
         head = f"[{style}]{found['level']}[/{style}] {found['check']}: {found['count']:,} ({found['share']:.2%})"
-        console.print(f"{head} {escape(found['text'])}", highlight=False)
+        console.print(f"{head} {_text(found['text'])}", highlight=False)
         if found["examples"]:
-            console.print(f"  [dim]e.g. {escape('; '.join(found['examples']))}[/dim]", highlight=False)
+            console.print(f"  [dim]e.g. {_text('; '.join(found['examples']))}[/dim]", highlight=False)
+
+
+def _text(text: str) -> str:
+    """Text from data as rich prints it: no markup, nothing that the terminal obeys."""
+    return escape(visible(text))

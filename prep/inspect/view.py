@@ -16,6 +16,7 @@ from formats.layout import seqid_to_thd
 from formats.order import permutation
 from formats.shard import atomic_write
 from prep.inspect.documents import read_slots
+from prep.inspect.visible import visible
 
 COLORS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 PADDING = "·"
@@ -115,7 +116,7 @@ def _runs(view: View, ids: np.ndarray, mask: np.ndarray, show_ids: bool) -> list
         if view.tokenizer is None or show_ids:
             text = " ".join(map(str, part)) + " "
         else:
-            text = view.tokenizer.decode(part, skip_special_tokens=False)
+            text = visible(view.tokenizer.decode(part, skip_special_tokens=False), lines=True)
         runs.append(Run(text, bool(mask[low]), bool(special[low]), False))
     return runs
 
@@ -149,7 +150,7 @@ def print_pack(console: Console, view: View, number: int, *, show_ids: bool = Fa
 def _title(slot: Slot) -> str:
     piece = f" from token {slot.offset}" if slot.offset else ""
     padding = f", {slot.padding} padding" if slot.padding else ""
-    return f"document {slot.doc}{piece} ({slot.source}): {slot.tokens} tokens, {slot.targets} targets{padding}"
+    return f"document {slot.doc}{piece} ({visible(slot.source)}): {slot.tokens} tokens, {slot.targets} targets{padding}"
 
 
 STYLE = """

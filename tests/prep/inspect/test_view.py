@@ -1,12 +1,30 @@
 """`prep view` shows every document whole, marks what is trained, and escapes what comes from data."""
 
 import json
+import re
+from html.parser import HTMLParser
 
 import pytest
 from click.testing import CliRunner
 
 from byte_tokenizer import write_byte_tokenizer
 from prep.cli import main
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")
+"""What a terminal or a browser obeys instead of showing it; line ends and tabs apart."""
+
+
+class Collect(HTMLParser):
+    """Tags and attributes as a browser would find them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.attributes += attributes
 
 
 def run(*arguments):
@@ -47,6 +65,45 @@ def test_page_escapes_and_is_deterministic(packed, tmp_path):
     assert page == (tmp_path / "b.html").read_text()
     assert "<script" not in page
     assert page.count("<b>&lt;script&gt;alert(4)&lt;/script&gt;</b>") == 1
+
+
+HOSTILE = (
+    "</pre></style><script>alert(1)</script>",
+    "\" onmouseover='alert(2)' x=\"",
+    "\x1b]0;owned\x07\x1b[2J\x00\r\x08\x85",
+    "\u202efdp.exe\u202c \u2066\u200f",
+    "<!-- --> &lt; &amp;lt; ]]>",
+)
+
+
+def test_hostile_documents_are_shown_and_do_nothing(tmp_path):
+    """Markup, quotes, control characters (a terminal obeys them) and characters that turn the direction of what
+    follows: on the page, in the terminal and in names of sources."""
+    write_byte_tokenizer(tmp_path)
+    name = "a\u202e\x1b[31m<b>&'\".jsonl"
+    (tmp_path / name).write_text("".join(json.dumps({"prompt": "q", "completion": h}) + "\n" for h in HOSTILE))
+    out = tmp_path / "out"
+    arguments = ["--tokenizer", tmp_path, "--seq-len", 256, "--workers", 1, "--quiet"]
+    result = run("pack", tmp_path / name, "--out", out, *arguments)
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "page.html"
+    assert run("view", out, "--random", 9, "--tokenizer", tmp_path, "--html", path).exit_code == 0
+    for page in (path.read_bytes().decode(), (out / "report.html").read_bytes().decode()):
+        found = Collect(page)
+        assert not {tag for tag, _ in found.tags} & {"script", "img", "iframe"}
+        assert not [n for n, _ in found.attributes if n.startswith("on")]
+        assert not CONTROLS.search(page)
+        assert "a‹U+202E›␛[31m&lt;b&gt;&amp;&#" in page  # the source, with whatever number its quotes are written
+    page = path.read_text()
+    for shown in ("&lt;/pre&gt;&lt;/style&gt;&lt;script&gt;alert(1)", "&quot; onmouseover=&#x27;alert(2)"):
+        assert shown in page
+    assert "␛]0;owned␇␛[2J␀␍␈‹U+0085›" in page
+    assert "‹U+202E›fdp.exe‹U+202C› ‹U+2066›‹U+200F›" in page
+    assert "&lt;!-- --&gt; &amp;lt; &amp;amp;lt; ]]&gt;" in page
+    for command in (["view", out, "--random", 9, "--tokenizer", tmp_path], ["report", out], ["lint", out]):
+        shown = run(*command).output
+        assert not CONTROLS.search(shown), command
+    assert "␛[2J␀" in run("view", out, "--random", 9, "--tokenizer", tmp_path).output
 
 
 def test_misuse(packed):
