@@ -50,18 +50,27 @@ TOLERANCE = 0.1
 
 
 class Sleep(torch.autograd.Function):
-    """`x` as it is, after a sleep in forward and another in backward (seconds)."""
+    """`x` as it is, after a sleep in forward and another in backward (seconds). `slept` adds up how long they really
+    were: a busy machine wakes late, and what it adds is work and no bubble."""
+
+    slept = 0.0
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
         ctx.seconds = backward
-        time.sleep(forward)
+        Sleep.of(forward)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        time.sleep(ctx.seconds)
+        Sleep.of(ctx.seconds)
         return grad, None, None
+
+    @staticmethod
+    def of(seconds: float) -> None:
+        began = time.perf_counter()
+        time.sleep(seconds)
+        Sleep.slept += time.perf_counter() - began
 
 
 class SleepingBlock(torch.nn.Module):
@@ -81,7 +90,7 @@ class SleepingBlock(torch.nn.Module):
 def measure_rank(
     rank: int, size: int, folder: str, name: str, rows: int, seconds: float, repeats: int, out: Any
 ) -> None:
-    """Seconds of a step of one schedule, the median of `repeats`, from rank 0."""
+    """From rank 0, medians of `repeats`: the seconds of a step of one schedule, and those that a rank worked in it."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
@@ -104,12 +113,15 @@ def measure_rank(
     times = []
     for _ in range(repeats + 1):  # the first makes the schedule and the connections
         dist.barrier()
-        began = time.perf_counter()
+        Sleep.slept, began = 0.0, time.perf_counter()
         pipeline.accumulate_gradients([row] * rows, rows * TOKENS)
         dist.barrier()
-        times.append(time.perf_counter() - began)
+        seconds_of_step = time.perf_counter() - began
+        slept = torch.tensor(Sleep.slept)
+        dist.all_reduce(slept)
+        times.append((seconds_of_step, slept.item() / size))
     if rank == 0:
-        out.put((statistics.median(times[1:]), actions_of(pipeline)))
+        out.put((*map(statistics.median, zip(*times[1:], strict=True)), actions_of(pipeline)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -162,7 +174,7 @@ def measure(name: str, size: int, rows: int, seconds: float, repeats: int) -> di
             process.join()
         if any(process.exitcode for process in ranks):
             sys.exit(f"{name}: a rank failed")
-    measured, planned = out.get()
+    measured, worked, planned = out.get()
     per_rank = SCHEDULES[name].stages or 2
     work = rows * 3 * seconds
     wait = {"gpipe": 3 * seconds, "1f1b": 3 * seconds, "interleaved": 3 * seconds / per_rank}.get(name)
@@ -171,9 +183,10 @@ def measure(name: str, size: int, rows: int, seconds: float, repeats: int) -> di
     else:
         formula = work + (size - 1) * wait
     return {
-        "bubble_measured": 1 - work / measured,
+        "bubble_measured": 1 - worked / measured,
         "bubble_formula": 1 - work / formula,
         "step_seconds": measured,
+        "work_seconds": worked,
         "formula_seconds": formula,
     }
 
@@ -182,8 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pp", type=int, default=4)
     parser.add_argument("--rows", type=int, default=8, help="rows (microbatches) a step")
-    parser.add_argument("--seconds", type=float, default=0.15, help="of F, of I and of W of a row in a rank")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.4, help="of F, of I and of W of a row in a rank")
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -81,7 +81,11 @@ class Layout:
     device: str = _flag("auto", "where to run; auto takes CUDA when there is any", ("auto", "cpu", "cuda"))
     threads: int = _flag(0, "CPU threads per rank; 0: the machine's cores divided among its ranks")
     pp: int = _flag(1, "pipeline-parallel ranks")
-    pp_schedule: str = _flag("1f1b", "order of the rows in a pipeline; the last three split the backward", PP_SCHEDULES)
+    pp_schedule: str = _flag(
+        "1f1b",
+        "order of the rows in a pipeline; gpipe keeps the activations of all, the last three split the backward",
+        PP_SCHEDULES,
+    )
     pp_split: str | None = _flag(None, "layers of each stage, as 6,6,5,3; left out: as even in cost as they can be")
     dp_replicate: int = _flag(1, "replicas of the sharded model (HSDP when more than 1)")
     dp_shard: int = _flag(-1, "ranks a replica is sharded over; -1: all that are left")

@@ -123,6 +123,12 @@ CASES = {
         case(2, pp=2, family="qwen2_moe"),
         case(2, pp=2, pp_schedule="interleaved-zb", pp_split="1,1"),
     ],
+    8: [
+        case(2, pp=2),
+        case(4, pp=2, family="qwen2_moe", pp_schedule="interleaved-zb", pp_split="1,1"),
+        case(2, pp=2, tp=2, family="gpt_oss", recompute="full"),
+        case(4, pp=2, cp=2, shards="packed for 2"),
+    ],
 }
 
 
@@ -160,7 +166,7 @@ def check_equal(world, cases, places, alone):
             assert load.z_loss == pytest.approx(wanted_load.z_loss, rel=LIMIT[dtype]), where
 
 
-@pytest.mark.parametrize("world", CASES)
+@pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_loss_gradients_and_load_equal_one_process(world, places, alone):
     check_equal(world, CASES[world], places, alone)
 

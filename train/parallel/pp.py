@@ -49,7 +49,9 @@ SCHEDULES = {
     "zbv": PipelineSchedule(ScheduleZBVZeroBubble, stages=2, v_shaped=True, split=True),
     "dualpipev": PipelineSchedule(ScheduleDualPipeV, stages=2, v_shaped=True, split=True),
 }
-"""By the names of `--pp-schedule` (`train.config.PP_SCHEDULES`)."""
+"""By the names of `--pp-schedule` (`train.config.PP_SCHEDULES`). The first keeps, until the backwards begin, all rows'
+activations, and in the last stage the gradient of the head's weight for each of them; others at most as many as there
+are stages."""
 
 
 def cut_stages(model: Decoder, mesh: Mesh, config: Config) -> dict[int, Decoder]:
