@@ -126,37 +126,49 @@ def measure_rank(
     dist.destroy_process_group()
 
 
-def actions_of(pipeline: Pipeline) -> dict[int, list[tuple[int, str, int]]]:
-    """(stage, F | I | W | B, row) in the order of each rank, as torch planned it."""
+Action = tuple[int, str, int]  # stage, F | I | W | B (I and W in one), row
+
+
+def actions_of(pipeline: Pipeline) -> dict[int, list[list[Action]]]:
+    """What each rank does in order, as torch planned it; the actions of a group send only when all are done."""
     planned = {}
     for rank, actions in pipeline._schedule.pipeline_order.items():
-        flat = [part for action in actions if action is not None for part in (action.sub_actions or (action,))]
-        known = [(a.stage_index, a.computation_type.value, a.microbatch_index) for a in flat]
-        planned[rank] = [action for action in known if action[1] in "FIWB"]
+        groups = [action.sub_actions or (action,) for action in actions if action is not None]
+        named = [[(a.stage_index, a.computation_type.value, a.microbatch_index) for a in group] for group in groups]
+        planned[rank] = [group for group in named if group[0][1] in "FIWB"]
     return planned
 
 
-def longest_path(planned: dict[int, list[tuple[int, str, int]]], stages: int, seconds: float) -> float:
+def longest_path(planned: dict[int, list[list[Action]]], stages: int, seconds: float) -> float:
     """Seconds of a step when each action begins as soon as its rank is free and its input is there; `seconds` are those
     of F, of I and of W of one stage. Written without torch's own simulation."""
-    ended: dict[tuple[int, str, int], float] = {}
+    holder = {stage: rank for rank, groups in planned.items() for group in groups for stage, _, _ in group}
+    sent: dict[Action, float] = {}  # when other ranks have it
+    ended: dict[Action, float] = {}  # when its own rank has it
     clock = dict.fromkeys(planned, 0.0)
-    left = {rank: list(actions) for rank, actions in planned.items()}
+    left = {rank: list(groups) for rank, groups in planned.items()}
+
+    def needs(stage: int, kind: str, row: int) -> list[Action]:
+        if kind == "F":
+            return [(stage - 1, "F", row)] * (stage > 0)
+        return [(stage, "F", row)] + [(stage + 1, "I", row)] * (kind in "IB" and stage < stages - 1)
+
     while any(left.values()):
         progress = False
-        for rank, actions in left.items():
-            while actions:
-                stage, kind, row = actions[0]
-                needs = [(stage - 1, "F", row)] * (stage > 0) if kind == "F" else [(stage, "F", row)]
-                if kind in "IB" and stage < stages - 1:
-                    needs.append((stage + 1, "I", row))
-                if any(need not in ended for need in needs):
+        for rank, groups in left.items():
+            while groups:
+                # What a group makes for itself it need not wait for.
+                made = {(stage, "I" if kind == "B" else kind, row) for stage, kind, row in groups[0]}
+                wanted = {need for action in groups[0] for need in needs(*action)} - made
+                known = [ended if holder[need[0]] == rank else sent for need in wanted]
+                if any(need not in where for need, where in zip(wanted, known, strict=True)):
                     break
-                # The first stage's whole backward runs where its W stands.
-                length = {"F": 1, "I": 1 if stage else 0, "W": 1 if stage else 2, "B": 2}[kind]
-                clock[rank] = max([clock[rank], *(ended[need] for need in needs)]) + length * seconds
-                ended[stage, "I" if kind == "B" else kind, row] = clock[rank]
-                actions.pop(0)
+                clock[rank] = max([clock[rank], *(where[need] for need, where in zip(wanted, known, strict=True))])
+                for stage, kind, row in groups.pop(0):
+                    # The first stage's whole backward runs where its W stands.
+                    clock[rank] += {"F": 1, "I": 1 if stage else 0, "W": 1 if stage else 2, "B": 2}[kind] * seconds
+                    ended[stage, "I" if kind == "B" else kind, row] = clock[rank]
+                sent |= dict.fromkeys(made, clock[rank])
                 progress = True
         assert progress, "the plan waits for itself"
     return max(clock.values())
@@ -196,6 +208,7 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=4)
     parser.add_argument("--rows", type=int, default=8, help="rows (microbatches) a step")
     parser.add_argument("--seconds", type=float, default=0.4, help="of F, of I and of W of a row in a rank")
+    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
@@ -203,7 +216,7 @@ def main() -> None:
     report = {"pp": options.pp, "rows": options.rows, "seconds": options.seconds, "schedules": {}}
     print(f"{'schedule':<16}{'step s':>8}{'formula s':>11}{'bubble':>9}{'formula':>9}")
     far = []
-    for name in SCHEDULES:
+    for name in options.schedules:
         r = measure(name, options.pp, options.rows, options.seconds, options.repeats)
         report["schedules"][name] = {key: round(value, 4) for key, value in r.items()}
         print(
