@@ -39,8 +39,7 @@ DP_AXES = ("dp_replicate", "dp_shard")
 """Axes whose ranks train different packs."""
 
 LOSS_AXES = ("pp", *DP_AXES, "cp")
-"""Axes whose ranks hold different tokens of a step, or of which only one has the loss (pp). Not tp: whatever tokens
-its ranks share out in between, each has the whole loss of the row."""
+"""Axes whose ranks hold different tokens of a step, or of which only one has the loss (pp)."""
 
 
 def accumulate_gradients(

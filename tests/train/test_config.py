@@ -52,11 +52,6 @@ def test_several_shard_folders_on_the_command_line_and_in_the_file(tmp_path):
     assert (config.data.shards, config.data.eval_shards) == (("s", "b:0.3"), ("c", "d"))
 
 
-def test_a_plan_in_the_file_is_a_tree_of_patterns(tmp_path):
-    text = "shards: a\nmodel: b\nout: c\ntp-plan:\n  lm_head: stream\n  norm.weight: shard(0)\n"
-    assert parse(["--config", write(tmp_path, text)]).layout.tp_plan == "lm_head=stream,norm.weight=shard(0)"
-
-
 @pytest.mark.parametrize("name", sorted(leaves()))
 def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp_path):
     values = {
