@@ -12,9 +12,10 @@ import numpy as np
 import xxhash
 
 from prep.encode.builtin import load_template
-from prep.encode.files import file_stamp
+from prep.encode.files import file_stamp, is_remote
 from prep.encode.mix import check_shares, select
 from prep.encode.options import EncodeOptions
+from prep.encode.preload import begin_fast
 from prep.encode.sources import InputFile, SourceSpec, Unit, as_sources, cut_units, find_inputs
 from prep.encode.storage import PLAN_NAME, FolderStorage, RemoteStorage, storage_at
 from prep.encode.store import (
@@ -96,7 +97,7 @@ def write_store(
     stamps = [file_stamp(file.path) for file in files]
     units = cut_units(files, sources, options.unit_bytes)
     count = min(workers, len(units)) if runner == "local" else 1
-    with Workers(count, functools.partial(_tokenizer_facts, options, tuple(sources))) as pool:
+    with Workers(count, functools.partial(_tokenizer_facts, options, tuple(sources)), _early(options)) as pool:
         plan = _plan(pool.setup_result(), sources, files, options)
         if (finished := storage.read_json(STORE_NAME)) is not None:
             _refuse_difference(storage.name, check_version(storage.name, finished), plan)
@@ -129,6 +130,13 @@ def write_store(
                 if fresh:
                     storage.remove()
                 raise
+
+
+def _early(options: EncodeOptions) -> Callable[[], None] | None:
+    """What a process that loads the tokenizer begins with."""
+    if options.engine == "hf" or is_remote(str(options.tokenizer)):
+        return None
+    return functools.partial(begin_fast, str(options.tokenizer))
 
 
 class TooManyErrorsError(ValueError):

@@ -6,9 +6,9 @@ import json
 import os
 import re
 import tempfile
-import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import xxhash
 
 from prep.encode.files import filesystem, is_remote
 from prep.encode.pieces import can_be_cut
+from prep.encode.preload import fast_tokenizer
 
 # Parallelism is by processes, one work unit each; threads inside them would only fight for the same cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -62,12 +63,7 @@ class TokenizerFolder:
     @cached_property
     def fast_tokenizer(self):
         """The same for fastokens; None where that is not installed or does not read this tokenizer."""
-        try:
-            import fastokens  # an extra: not everyone has it
-
-            return fastokens.Tokenizer.from_json_str(_in_one_pattern(self.json_text, self._content["pre_tokenizer"]))
-        except (ImportError, ValueError, RuntimeError):
-            return None
+        return fast_tokenizer(self.json_text)
 
     @cached_property
     def added_tokens(self) -> tuple[dict, ...]:
@@ -121,7 +117,22 @@ class TokenizerFolder:
 
     @cached_property
     def _largest_id(self) -> int:
-        return max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = [self.tokenizer.token_to_id(token["content"]) for token in self.added_tokens]
+        return max(max(self._vocabulary.values(), default=-1), *ids, -1)
+
+    @property
+    def _vocabulary(self) -> dict[str, int]:
+        """The model's vocabulary, without added tokens."""
+        return self.__dict__.get("_at_hand") or self.tokenizer.get_vocab(with_added_tokens=False)
+
+    @contextmanager
+    def vocabulary_at_hand(self) -> Iterator[None]:
+        """Inside, the vocabulary is asked for once: it is slow to get, and too large to keep."""
+        self.__dict__["_at_hand"] = self._vocabulary
+        try:
+            yield
+        finally:
+            del self.__dict__["_at_hand"]
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -145,11 +156,13 @@ class TokenizerFolder:
         rule = _byte_rule(self._content)
         if rule is None:
             return None
+        vocabulary = self._vocabulary
         lengths = np.full(self.vocab_size, _UNKNOWN_LENGTH, np.int32)
-        for token, index in self.tokenizer.get_vocab(with_added_tokens=False).items():
-            lengths[index] = rule(token)
+        lengths[list(vocabulary.values())] = rule(list(vocabulary))
         for token in self.added_tokens:
-            lengths[self.tokenizer.token_to_id(token["content"])] = len(token["content"].encode())
+            # Gemma has runs of marked spaces among its added tokens; what holds a ▁ of its own is not counted at all.
+            text = token["content"].replace("▁", " ") if self.marks_spaces else token["content"]
+            lengths[self.tokenizer.token_to_id(token["content"])] = len(text.encode())
         return lengths
 
     @cached_property
@@ -160,7 +173,7 @@ class TokenizerFolder:
     @cached_property
     def can_be_cut(self) -> bool:
         """Whether long texts may be encoded piece by piece, see `prep.encode.pieces`."""
-        return can_be_cut(self._content, self.tokenizer.get_vocab(with_added_tokens=False))
+        return can_be_cut(self._content, self._vocabulary)
 
     @cached_property
     def changes_text(self) -> Callable[[str], bool] | None:
@@ -178,24 +191,6 @@ class TokenizerFolder:
         tokenizer.no_truncation()
         tokenizer.post_processor = None
         return tokenizer
-
-
-def _in_one_pattern(json_text: str, pre_tokenizer: dict | None) -> str:
-    """tokenizer.json with GPT-2's cut written as one pattern, on which fastokens is three times as fast.
-
-    `Digits` before it cuts out single digits, so that white space before one is at the end of its piece.
-    """
-    steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer]
-    if steps[-1:] == [None] or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
-        return json_text
-    if not steps[-1].get("use_regex", True) or steps[:-1] not in ([], [{"type": "Digits", "individual_digits": True}]):
-        return json_text
-    digits, before = (r"\p{N}", r"[^\s\p{N}]") if len(steps) == 2 else (r" ?\p{N}+", r"\S")
-    pattern = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!{before})|\s+"
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    content = json.loads(json_text)
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, {**steps[-1], "use_regex": False}]}
-    return json.dumps(content, ensure_ascii=False)
 
 
 def _template_pieces(processor: dict | None) -> list[dict]:
@@ -222,34 +217,47 @@ def _normalizer_kinds(normalizer: dict | None) -> set[str]:
 
 
 def _byte_rule(content: dict):
-    """A function from a vocabulary entry to the number of bytes it stands for, or None."""
+    """A function from vocabulary entries to the numbers of bytes they stand for, or None."""
     pre_tokenizer = json.dumps(content.get("pre_tokenizer"))
     normalizers = _normalizer_kinds(content.get("normalizer"))
     model = content["model"]
     if model["type"] != "BPE" or any(t.get("lstrip") or t.get("rstrip") for t in content.get("added_tokens") or ()):
         return None
     if '"ByteLevel"' in pre_tokenizer and '"add_prefix_space": true' not in pre_tokenizer and normalizers <= {"NFC"}:
-        # One character of the byte alphabet is one byte (the alphabet ends below U+0144).
-        return lambda token: len(token) if token.isascii() or max(token) < "\u0144" else _UNKNOWN_LENGTH
+        return _lengths_in_byte_alphabet
     if "Metaspace" not in pre_tokenizer and "ByteLevel" not in pre_tokenizer and normalizers == {"Replace"}:
-        return lambda token: 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+        return _lengths_with_byte_fallback
     return None
+
+
+def _lengths_in_byte_alphabet(tokens: list[str]) -> list[int]:
+    # One character of the byte alphabet is one byte (the alphabet ends below U+0144).
+    if max("".join(tokens), default="") < "\u0144":
+        return list(map(len, tokens))
+    return [len(token) if max(token, default="") < "\u0144" else _UNKNOWN_LENGTH for token in tokens]
+
+
+def _lengths_with_byte_fallback(tokens: list[str]) -> list[int]:
+    # A mark for a space has three bytes.
+    lengths = [len(token.encode()) - 2 * token.count("▁") for token in tokens]
+    for index, token in enumerate(tokens):
+        if len(token) == 6 and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            lengths[index] = 1
+    return lengths
 
 
 def load_tokenizer(path: str | Path, fast: bool) -> TokenizerFolder:
     """`read_tokenizer`, with all that encoding needs of it: a process that forks afterwards pays for it once.
 
     Args:
-        fast: fastokens too, if it can be. It reads its vocabulary in a thread, beside the rest.
+        fast: fastokens too, if it can be; `begin_fast` may have begun with it.
     """
     folder = _open_folder(path)
-    beside = threading.Thread(target=lambda: folder.fast_tokenizer if fast else None)
-    beside.start()
-    try:
-        _check(folder)
+    _check(folder)
+    with folder.vocabulary_at_hand():
         _ = folder.hash, folder.byte_lengths, folder.can_be_cut, folder.is_control, folder.control_pattern
-    finally:
-        beside.join()
+    if fast:
+        _ = folder.fast_tokenizer
     release_memory()
     return folder
 

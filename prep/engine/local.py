@@ -14,6 +14,7 @@ import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -44,10 +45,13 @@ class Workers:
         count: processes.
         setup: picklable; called once, in the nursery, while this process goes on. What it caches in its process all
             workers have.
+        early: picklable; called first of all, before the modules that `setup` needs are imported. It begins what can
+            go on beside that, and comes from a module that imports little.
     """
 
-    def __init__(self, count: int, setup: Callable[[], Result] | None = None):
+    def __init__(self, count: int, setup: Callable[[], Result] | None = None, early: Callable[[], None] | None = None):
         self._setup = setup
+        self._early = early
         self._count = count
         self._process: multiprocessing.Process | None = None
         self._pipes: list[multiprocessing.connection.Connection] = []
@@ -59,13 +63,16 @@ class Workers:
             self._control, control = context.Pipe()
             pairs = [context.Pipe() for _ in range(self._count)]
             theirs = [pair[1] for pair in pairs]
+            setup = None if self._setup is None else pickle.dumps(self._setup)
             self._process = context.Process(
-                target=_nursery, args=(control, theirs, self._setup, os.getpid()), daemon=True
+                target=_nursery, args=(control, theirs, self._early, setup, os.getpid()), daemon=True
             )
             self._process.start()
             self._pipes = [pair[0] for pair in pairs]
             for pipe in (control, *theirs):
                 pipe.close()
+        elif self._early is not None:
+            self._early()
         return self
 
     def __exit__(self, *exception) -> None:
@@ -183,7 +190,7 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _nursery(control, pipes, setup, parent: int) -> None:
+def _nursery(control, pipes, early, setup: bytes | None, parent: int) -> None:
     _die_with(parent)
     # Ctrl-C goes to the whole group: the parent alone decides and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -198,9 +205,11 @@ def _nursery(control, pipes, setup, parent: int) -> None:
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, end)
+    if early is not None:
+        early()
     try:
         if setup is not None:
-            control.send(_answer(setup))
+            control.send(_answer(_unpickled, setup))
         function, count = control.recv()
     except (EOFError, BrokenPipeError):
         return
@@ -231,6 +240,10 @@ def _nursery(control, pipes, setup, parent: int) -> None:
     # Freeing a vocabulary piece by piece takes half a second; the system takes all at once.
     atexit._run_exitfuncs()
     os._exit(0)
+
+
+def _unpickled(setup: bytes) -> object:
+    return pickle.loads(setup)()
 
 
 def _serve(pipe, function, parent: int) -> None:
