@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from prep.encode import tokens
 from prep.encode.masks import byte_spans, complement, merge_spans, subtract_spans, target_mask
-from prep.encode.tokenizer import _in_one_pattern, read_tokenizer
+from prep.encode.preload import _in_one_pattern
+from prep.encode.tokenizer import read_tokenizer
 from prep.encode.tokens import EngineDiffersError, TokenEncoder, can_be_fast, select_sample
 from prep.encode.unit import select_rows
 
@@ -206,4 +207,4 @@ def test_the_cut_of_gpt2_as_one_pattern_gives_the_same_tokens(digits, byte_level
     ]
     fast, hf = (TokenEncoder(folder, engine).encode(texts)[0] for engine in ("fast", "hf"))
     assert np.array_equal(fast.ids, hf.ids)
-    assert "Regex" in _in_one_pattern(folder.json_text, content["pre_tokenizer"])
+    assert "Regex" in _in_one_pattern(folder.json_text)
