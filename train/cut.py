@@ -94,14 +94,15 @@ class Cut:
 WHOLE = Cut()
 
 
-def choose_cut(method: str, size: int, rank: int, manifest: Manifest, sequence: int = 1) -> Cut:
-    """The cut for the context-parallel `method` over shards of this manifest: mixed for a ring (whose slots are re-laid
-    where they are not aligned), zigzag where all keys are gathered and every slot is aligned to it, else contiguous."""
+def choose_cut(method: str, size: int, rank: int, manifest: Manifest, sequence: int = 1, attention: str = "cpu") -> Cut:
+    """The cut for the context-parallel `method` over shards of this manifest: mixed for a ring, zigzag for that of
+    Transformer Engine (the slots of both are re-laid where they are not aligned), zigzag where all keys are gathered
+    and every slot is aligned to it, else contiguous."""
     if size == 1:
         return Cut(sequence=sequence)
-    if method == "ring":
-        return Cut(size, rank, "mixed", sequence)
     zigzag = Cut(size, rank, "zigzag", sequence)
+    if method == "ring":
+        return zigzag if attention == "te" else Cut(size, rank, "mixed", sequence)
     aligned = manifest.align % zigzag.align == 0 and manifest.capacity % zigzag.align == 0
     return zigzag if method == "gather" and aligned else Cut(size, rank, sequence=sequence)
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from formats.dataset import PackedDataset
 from train import hf
 from train.attention.choose import choose_backend
+from train.attention.probe import check_isolation
 from train.balance import move_biases, take_load
 from train.checkpoint import Checkpointer, DataState, Position, check_data_state, read_position
 from train.config import Config, parse
@@ -72,7 +73,9 @@ def train(config: Config) -> None:
     manifest = dataset.manifest
     steps = schedule.steps(config.run.epochs)
     steps = min(config.run.steps, steps) if config.run.steps else steps
-    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, manifest, config.layout.sequence)
+    cut = choose_cut(
+        config.layout.cp_method, mesh.cp_size, mesh.cp_rank, manifest, config.layout.sequence, config.model.attention
+    )
     data_state = DataState(training.fingerprints, training.weights, config.run.seed, config.data.batch_packs)
 
     # Where this run begins: at 0, or at a checkpoint that fits.
@@ -91,6 +94,14 @@ def train(config: Config) -> None:
         model_config.head_dim,
         softcap=model_config.attention_softcap is not None,
         sinks=model_config.attention_sinks,
+    )
+    check_isolation(
+        attention,
+        device,
+        getattr(torch, config.model.dtype),
+        model_config.head_dim,
+        windows=any(layer.window is not None for layer in model_config.layers),
+        softcap=model_config.attention_softcap,
     )
     with torch.device("meta"):
         model = Decoder(model_config, attention.name)
@@ -223,7 +234,14 @@ def evaluate_packs(
     # As many rows at a time as a pipeline has stages to keep busy.
     batch = mesh.dp_size * config.data.micro_packs * mesh.pp_size
     schedule = Schedule(packs, "input", 0, 0, batch, config.data.micro_packs)
-    cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest, config.layout.sequence)
+    cut = choose_cut(
+        config.layout.cp_method,
+        mesh.cp_size,
+        mesh.cp_rank,
+        dataset.manifest,
+        config.layout.sequence,
+        config.model.attention,
+    )
     loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device, cut=cut)
     try:
         return evaluate(model, loader, schedule.steps(1), mesh, metrics.evaluating)

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from train.attention.cpu import CPU
+from train.attention.flash import FLASH
 from train.attention.interface import Backend, Segments
+from train.attention.te import TE
 from train.attention.torch_varlen import TORCH
 
-BACKENDS = {backend.name: backend for backend in (TORCH, CPU)}  # in the order in which `auto` tries them
+BACKENDS = {backend.name: backend for backend in (TORCH, FLASH, TE, CPU)}  # in the order in which `auto` tries them
 
 # Kernels a user may know that take one dense row and would let every document read the ones before it.
 CANNOT_ISOLATE = ("sdpa", "eager", "math")

@@ -84,18 +84,21 @@ class Backend:
     `forward(q, k, v, …the same seven, causal=True)` is the kernel under it: without sinks, gradients and tracing, and
     able to leave the causal mask away (not together with a window), as ring attention needs it for keys that lie before
     all queries. `backward(grad_out, q, k, v, out, lse, …the same seven, causal=True)` returns the gradients of q, k, v.
+    Both are None where a package has gradients of its own and hides its log-sum-exp; it then has a ring of its own.
+    `missing(head_dim)` says why the package behind a kernel cannot be used here, None when it can.
     """
 
     name: str
     op: Callable[..., tuple[Tensor, Tensor]]
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor]] | None
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     softcap: bool
     sinks: bool = True
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
+    missing: Callable[[int], str | None] = lambda head_dim: None
 
     def refusal(self, device: str, dtype: torch.dtype, head_dim: int, softcap: bool, sinks: bool) -> str | None:
         """Why this kernel cannot serve the model, or None when it can."""
@@ -111,7 +114,7 @@ class Backend:
             return f"its heads have at most {self.max_head_dim} dimensions, this model's have {head_dim}"
         if head_dim % self.head_dim_multiple:
             return f"its heads have a multiple of {self.head_dim_multiple} dimensions, this model's have {head_dim}"
-        return None
+        return self.missing(head_dim)
 
 
 def join_sinks(out_TNH: Tensor, lse_NT: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:

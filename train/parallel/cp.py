@@ -10,7 +10,8 @@ needed  a rank receives only the keys that the document its part begins in has o
         `cu_seqlens`. Contiguous.
 ulysses heads are exchanged for tokens (DeepSpeed-Ulysses, arXiv 2309.14509): a rank attends over the whole row with
         1/cp of the heads; key/value heads are repeated where there are fewer than ranks. Contiguous.
-ring    keys come in steps, one rank's at a time (`train.parallel.ring`). Mixed.
+ring    keys come in steps, one rank's at a time (`train.parallel.ring`). Mixed. Transformer Engine has a ring of its
+        own, which wants every document cut. Zigzag.
 
 Shapes: T tokens of a rank, N query heads, K key/value heads, H head dimension, C ranks of the cp axis.
 """
@@ -18,6 +19,7 @@ Shapes: T tokens of a rank, N query heads, K key/value heads, H head dimension, 
 import torch
 from torch import Tensor, nn
 
+from train.attention import te
 from train.attention.interface import Segments
 from train.config import Config
 from train.mesh import Mesh
@@ -33,10 +35,13 @@ def apply_cp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     Raises: ValueError when the heads of the model cannot be shared out as the method needs it.
     """
     method, size = config.layout.cp_method, mesh.cp_size
+    attention = next(model.layers.children()).attention.core.backend
+    if method == "ring" and attention == "te":
+        check_no_window(model.config)
     exchange = {
         "gather": GatherAttention,
         "needed": NeededAttention,
-        "ring": RingAttention,
+        "ring": TransformerEngineRing if attention == "te" else RingAttention,
         "ulysses": UlyssesAttention,
     }[method]
     for block in model.layers.children():
@@ -57,6 +62,15 @@ def check_heads(config: ModelConfig, size: int, tp: int = 1) -> None:
             + f"over --cp {size}; "
             "take another --cp-method, or a --cp that divides the query heads and divides the key/value "
             "heads or is a multiple of them"
+        )
+
+
+def check_no_window(config: ModelConfig) -> None:
+    """Raise a ValueError when a layer has a window, which Transformer Engine's ring has not."""
+    if any(layer.window is not None for layer in config.layers):
+        raise ValueError(
+            "--attention te has no sliding window over --cp-method ring, and this model has layers with one; take "
+            "another --attention, or another --cp-method"
         )
 
 
@@ -127,3 +141,13 @@ class UlyssesAttention(Exchange):
     def _swap(self, x: Tensor, tokens: int) -> Tensor:
         """[C·T, …] → [C·T, …]: run c of T rows goes to rank c."""
         return AllToAll.apply(x, [tokens] * self.size, [tokens] * self.size, self.group)
+
+
+class TransformerEngineRing(Exchange):
+    def forward(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, sinks_N: Tensor | None = None
+    ) -> Tensor:
+        part = part_of(segments)
+        assert sinks_N is None  # the backend is refused for such a model
+        row = part.row_cu_seqlens, part.row_max_seqlen
+        return te.attend_over_ring(q_TNH, k_TKH, v_TKH, *row, self.core.scale, self.group)

@@ -161,7 +161,7 @@ def test_auto_takes_what_can_serve():
     ("arguments", "message"),
     [
         (("sdpa", "cpu", torch.float32, 64), "cannot keep packed documents apart: use cpu"),
-        (("magic", "cpu", torch.float32, 64), "Unknown attention backend 'magic': choose auto, torch, cpu"),
+        (("magic", "cpu", torch.float32, 64), "Unknown attention backend 'magic': choose auto, torch, flash, te, cpu"),
         (("torch", "cpu", torch.bfloat16, 64), "runs on cuda, not on cpu; use cpu"),
         (("torch", "cuda", torch.float32, 64), "computes in bfloat16, float16, not in float32"),
         (("cpu", "cuda", torch.bfloat16, 64), "runs on cpu, not on cuda; use torch"),
