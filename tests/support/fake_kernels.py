@@ -6,6 +6,7 @@ Signatures: flash-attn 2.8.4 `flash_attn/flash_attn_interface.py`, its `hopper/f
 `flash_attn/cute/interface.py` of August 2026; Transformer Engine 2.20 `DotProductAttention`.
 """
 
+import contextlib
 import sys
 import types
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
 
-from train.attention import flash
+from train.attention import flash, te
 
 
 def dense(q, k, v, ends_q, ends_k, scale, causal, left, right, softcap):
@@ -224,20 +225,40 @@ class DotProductAttention(torch.nn.Module):
         return out[held[rank]].flatten(1)
 
 
+CONTENTS = {
+    "flash_attn": (),
+    "flash_attn.flash_attn_interface": (_flash_attn_varlen_forward, _flash_attn_varlen_backward),
+    "flash_attn_interface": (_flash_attn_forward, _flash_attn_backward),
+    "flash_attn.cute": (),
+    "flash_attn.cute.interface": (_flash_attn_fwd, _flash_attn_bwd),
+    "transformer_engine": (),
+    "transformer_engine.pytorch": (DotProductAttention,),
+}
+
+
 def install(flash_version=2):
-    """Put the fakes in the place of the packages in this process; `flash` then uses `flash_version`."""
-    contents = {
-        "flash_attn": (),
-        "flash_attn.flash_attn_interface": (_flash_attn_varlen_forward, _flash_attn_varlen_backward),
-        "flash_attn_interface": (_flash_attn_forward, _flash_attn_backward),
-        "flash_attn.cute": (),
-        "flash_attn.cute.interface": (_flash_attn_fwd, _flash_attn_bwd),
-        "transformer_engine": (),
-        "transformer_engine.pytorch": (DotProductAttention,),
-    }
-    for name, members in contents.items():
+    """Put the fakes in the place of the packages in this process, for good; `flash` then uses `flash_version`."""
+    for name, members in CONTENTS.items():
         module = types.ModuleType(name)
         for member in members:
             setattr(module, member.__name__, member)
         sys.modules[name] = module
     flash.chosen_version = lambda head_dim: flash_version
+
+
+@contextlib.contextmanager
+def installed(flash_version=2):
+    """The same for a while."""
+    before = {name: sys.modules.get(name) for name in CONTENTS}
+    chosen_version = flash.chosen_version
+    install(flash_version)
+    try:
+        yield
+    finally:
+        flash.chosen_version = chosen_version
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+        for cache in (flash.kernels, te._module):
+            cache.cache_clear()

@@ -7,7 +7,8 @@ import torch
 
 from train import hf
 from train.attention.interface import Part, Segments
-from train.parallel.cp import check_heads, needed_counts
+from train.model.config import LayerConfig
+from train.parallel.cp import check_heads, check_no_window, needed_counts
 
 
 def test_a_rank_needs_the_keys_of_the_document_that_its_part_begins_in():
@@ -40,3 +41,10 @@ def test_segments_of_a_part_know_the_length_of_their_documents():
     assert contiguous.document_lengths.tolist() == [4, 8, 0]
     zigzag = Segments(torch.tensor([0, 1, 2, 4, 6, 6, 6]), 6, Part(row, 8))
     assert zigzag.document_lengths.tolist() == [4, 4, 8, 8, 0, 0]
+
+
+def test_windows_over_transformer_engines_ring_are_refused(tiny_llama_dir):
+    config = hf.read_config(tiny_llama_dir)
+    check_no_window(config)
+    with pytest.raises(ValueError, match="--attention te has no sliding window over --cp-method ring"):
+        check_no_window(replace(config, layers=(*config.layers, LayerConfig(window=7, rope=None))))
