@@ -202,6 +202,7 @@ class Combination:
 
 
 PIPELINES = "tests/dist/test_pp.py"
+BACKENDS_TEST = "tests/dist/test_cp_attention.py"
 
 
 def splits_backward(config: Config) -> bool:
@@ -246,6 +247,21 @@ COMBINATIONS = (
     Combination("context parallelism, needed keys only", {"cp": 2, "cp_method": "needed"}, "tests/dist/test_cp.py"),
     Combination("context parallelism, heads for tokens", {"cp": 2, "cp_method": "ulysses"}, "tests/dist/test_cp.py"),
     Combination("context parallelism, ring", {"cp": 2, "cp_method": "ring"}, "tests/dist/test_cp.py"),
+    Combination("flash-attn 2, 3 or 4, with any --cp-method", {"attention": "flash"}, BACKENDS_TEST),
+    Combination("Transformer Engine", {"attention": "te", "cp": 2}, BACKENDS_TEST),
+    Combination(
+        "Transformer Engine, its own ring (no windows)",
+        {"attention": "te", "cp": 2, "cp_method": "ring"},
+        BACKENDS_TEST,
+    ),
+    Combination(
+        "compiled blocks, Transformer Engine",
+        {"compile": True, "attention": "te"},
+        "--compile with --attention te: its module breaks the graph of a block; take another --attention, or leave "
+        "--compile out",
+        lambda c: c.model.compile and c.model.attention == "te",
+    ),
+    Combination("tensor × context parallelism, ring", {"tp": 2, "cp": 2, "cp_method": "ring"}, "tests/dist/test_cp.py"),
     Combination("tensor and sequence parallelism", {"tp": 2}, "tests/dist/test_tp.py"),
     Combination("tensor parallelism, whole sequences", {"tp": 2, "sp": False}, "tests/dist/test_tp.py"),
     Combination("tensor × context parallelism", {"tp": 2, "cp": 2}, "tests/dist/test_tp.py"),
