@@ -101,6 +101,7 @@ CASES = {
         case("gather", 2, "packed for 8", recompute="full", micro_packs=2, **F64),
         case("needed", 2, "packed for 8", recompute="full", micro_packs=3, **F64),
         case("ring", 2, "packed for 1", recompute="full", micro_packs=3, **F64),
+        case("ring", 2, "packed for 8", "gemma2", recompute="selective", **F64),
         case("ulysses", 2, "packed for 1", recompute="full", micro_packs=3, **F64),
         case("gather", 2, "packed for 8", recompute="selective", **F64),
         case("ring", 2, "packed for 2", recompute="selective", **F64),

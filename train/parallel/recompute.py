@@ -37,9 +37,9 @@ def apply_recompute(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
 
 def _costly() -> frozenset:
     overloads = [op.default for name in MATMULS if (op := getattr(torch.ops.aten, name, None)) is not None]
-    return frozenset(
-        [*overloads, GROUPED_LINEAR._opoverload, *(backend.op._opoverload for backend in BACKENDS.values())]
-    )
+    # A package with gradients of its own (Transformer Engine) is no operator that could be named: it is repeated.
+    kernels = [backend.op._opoverload for backend in BACKENDS.values() if backend.forward is not None]
+    return frozenset([*overloads, GROUPED_LINEAR._opoverload, *kernels])
 
 
 COSTLY = _costly()
