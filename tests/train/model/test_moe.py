@@ -16,7 +16,7 @@ from train.model import experts as experts_module
 from train.model.config import MoeConfig
 from train.model.decoder import Decoder
 from train.model.experts import Experts, grouped_linear
-from train.model.moe import MixtureOfExperts
+from train.model.moe import MixtureOfExperts, compute_here
 from train.model.router import Router
 from train.packs import Packs, TokenPacks
 
@@ -152,7 +152,13 @@ def test_padding_moves_nothing(family, mixtral_dir, deepseek_dir):
     """Neither how many pad slots there are nor what stands in them changes a gradient, a loss or the load."""
     model = load(mixtral_dir if family == "mixtral" else deepseek_dir)
     documents = random_documents([13, 30, 7], 320)
-    results = []
+    mixture, results, dispatched = model.layers[0].mlp, [], []
+
+    def exchange(experts, x_RD, counts_E, shared):
+        dispatched.append(counts_E.sum().item())
+        return compute_here(experts, x_RD, counts_E, shared)
+
+    mixture.exchange = exchange
     for align, tail, pad_id in ((1, 0, 0), (4, 0, 0), (16, 40, 0), (16, 40, 7)):
         ids, positions, labels, segments = pack(documents, align=align, tail=tail)
         real = torch.tensor([13, 30, 7] + [0] * (tail > 0), dtype=torch.int32)
@@ -166,6 +172,7 @@ def test_padding_moves_nothing(family, mixtral_dir, deepseek_dir):
         loss.backward()
         counted = take_load_alone(model, 50)
         results.append((loss, {n: p.grad.clone() for n, p in model.named_parameters()}, counted))
+    assert dispatched == [50 * mixture.router.config.top_k] * 4, "no expert computes padding"
     first_loss, first, first_counted = results[0]
     for loss, gradients, counted in results[1:]:
         assert distance(loss, first_loss) < 1e-12
