@@ -14,7 +14,8 @@ interleaved       M·(F+I+W) + (p−1)·(F+I+W)/v             Narayanan et al., 
 interleaved-zb    the longest path through its actions, each with its time (Qi et al., 2401.10241, gives bounds)
 zbv, dualpipev    the same; with F = I = W all that is left is the time until the last rank can begin, or nearly so
 
-Exits with 1 when a bubble (as a part of the step) is more than 10 % away from the formula's.
+The longer the sleeps, the less the machine's own delays count: a step of a split backward has many actions and waits
+little. Exits with 1 when a bubble (as a part of the step) is more than 10 % away from the formula's.
 """
 
 import argparse
@@ -197,6 +198,7 @@ def measure(name: str, size: int, rows: int, seconds: float, repeats: int) -> di
     return {
         "bubble_measured": 1 - worked / measured,
         "bubble_formula": 1 - work / formula,
+        "action_seconds": seconds,
         "step_seconds": measured,
         "work_seconds": worked,
         "formula_seconds": formula,
@@ -213,7 +215,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    report = {"pp": options.pp, "rows": options.rows, "seconds": options.seconds, "schedules": {}}
+    report = {"pp": options.pp, "rows": options.rows, "schedules": {}}
+    if options.json and options.json.exists():  # the schedules of an earlier run are kept beside
+        earlier = json.loads(options.json.read_text())
+        report["schedules"] = earlier["schedules"] if earlier["pp"] == options.pp else {}
     print(f"{'schedule':<16}{'step s':>8}{'formula s':>11}{'bubble':>9}{'formula':>9}")
     far = []
     for name in options.schedules:

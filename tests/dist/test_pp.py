@@ -104,7 +104,7 @@ CASES = {
         case("interleaved", 2, "tied", dp_replicate=2),
         case("dualpipev", 2, "untied"),
         case("interleaved-zb", 2, "gemma2", cp=2, **F32),
-        case("1f1b", 2, "gemma2", cp=2, cp_method="needed"),
+        case("1f1b", 2, "gemma2", cp=2, cp_method="needed", **F32),
         case("zbv", 2, "tied", tp=2),
     ],
 }
