@@ -198,6 +198,14 @@ def test_a_run_goes_on_over_any_pipeline(data, tmp_path):
             torch.testing.assert_close(exported[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_pipeline_in_bfloat16_trains_the_same(flags, straight, tmp_path):
+    run_ranks(run, 4, flags(pp=2, dtype="bfloat16"))
+    for got, want in zip(steps_of(tmp_path / "out"), steps_of(straight), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=2e-2)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.2)
+
+
 SWITCHES = {"recompute": "full", "dp_replicate": 2, "micro_packs": 2}
 
 
