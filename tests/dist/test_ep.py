@@ -107,33 +107,14 @@ def case(ep, *, family="deepseek_v3", shards="packed for 1", dtype=torch.float64
 CASES = {
     2: [
         case(2),
-        case(2, dtype=torch.float32),
-        case(2, family="qwen2_moe", micro=2),
-        case(2, family="gpt_oss", recompute="full"),
-        case(2, cp=2),
-        case(2, cp=2, cp_method="needed", family="gpt_oss"),
-        case(2, cp=2, cp_method="ulysses", shards="packed for 2"),
-        case(2, cp=2, cp_method="ring", shards="packed for 2", family="gpt_oss"),
-        case(1, cp=2, shards="packed for 2", micro=2, recompute="selective"),
+        case(2, dtype=torch.float32, micro=2),
+        case(2, family="gpt_oss", recompute="full", cp=2, cp_method="needed"),
+        case(1, cp=2, family="qwen2_moe", shards="packed for 2", recompute="selective"),
     ],
     4: [
-        case(2, tp=2),
-        case(4, tp=2, family="gpt_oss", recompute="full"),
-        case(1, tp=2, cp=2, family="qwen2_moe", dtype=torch.float32),
+        case(2, family="mixtral"),
         case(2, tp=2, cp=2, micro=2),
-        case(4),
-        case(4, dtype=torch.float32, family="mixtral"),
-        case(2),
-        case(2, dp_replicate=2, family="qwen2_moe"),
-        case(4, cp=2, shards="packed for 2", micro=3, recompute="full"),
         case(2, pp=2, family="qwen2_moe"),
-        case(2, pp=2, pp_schedule="interleaved-zb", pp_split="1,1"),
-    ],
-    8: [
-        case(2, pp=2),
-        case(4, pp=2, family="qwen2_moe", pp_schedule="interleaved-zb", pp_split="1,1"),
-        case(2, pp=2, tp=2, family="gpt_oss", recompute="full"),
-        case(4, pp=2, cp=2, shards="packed for 2"),
     ],
 }
 
@@ -301,8 +282,21 @@ FULL = {
         for layout in ({}, *({"cp": 2, "cp_method": method} for method in ("gather", "needed", "ring", "ulysses")))
         for shards, micro, recompute in (("packed for 1", 1, "full"), ("packed for 2", 2, "none"))
     ],
+    4: [
+        case(4),
+        case(4, dtype=torch.float32, family="mixtral"),
+        case(2, dp_replicate=2, family="qwen2_moe"),
+        case(2, tp=2),
+        case(4, tp=2, family="gpt_oss", recompute="full"),
+        case(1, tp=2, cp=2, family="qwen2_moe", dtype=torch.float32),
+        case(4, cp=2, shards="packed for 2", micro=3, recompute="full"),
+        case(2, pp=2, pp_schedule="interleaved-zb", pp_split="1,1"),
+    ],
     8: [
-        case(2, pp=2, dp_shard=4),
+        case(2, pp=2),
+        case(4, pp=2, family="qwen2_moe", pp_schedule="interleaved-zb", pp_split="1,1"),
+        case(2, pp=2, tp=2, family="gpt_oss", recompute="full"),
+        case(4, pp=2, cp=2, shards="packed for 2"),
         case(4, tp=2, cp=2, family="gpt_oss"),
         case(2, tp=2, pp=2, cp=2, recompute="full"),
         case(4, dp_replicate=2, tp=2, family="qwen2_moe"),
