@@ -529,11 +529,11 @@ import os, signal, sys
 import train.main
 real, calls = train.main.train_step, []
 
-def train_step(*args):
+def train_step(*args, **options):
     calls.append(args)
     if len(calls) == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
+    return real(*args, **options)
 
 train.main.train_step = train_step
 sys.exit(train.main.main(sys.argv[1:]))
