@@ -43,9 +43,9 @@ class Setup:
                 f"--gpus {self.gpus} is not a multiple of pp {self.pp} × dp_replicate {self.dp_replicate} × cp {cp} × "
                 f"tp {self.tp} = {others * self.dp_replicate}; change --gpus or an axis"
             )
-        shards = self.gpus // (self.pp * self.tp * self.dp_replicate)
+        shards = self.gpus // (self.pp * self.dp_replicate)
         if shards % self.ep:
-            raise ValueError(f"--ep {self.ep} does not divide dp_shard × cp = {shards}; take a divisor of it")
+            raise ValueError(f"--ep {self.ep} does not divide dp_shard × cp × tp = {shards}; take a divisor of it")
         return self.gpus // others
 
     def fits(self, cp: int) -> bool:

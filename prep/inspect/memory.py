@@ -16,9 +16,10 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread. Sizes of the axes as in the trainer; `ep` divides dp_shard · cp. `tokens`: of one row, all
-    context-parallel ranks together. `rows`: rows of a step on one rank (accumulation, pipeline microbatches). `bytes`:
-    of a parameter in forward and backward (2: bfloat16). `fused`: the optimizer needs no temporaries, as on a GPU."""
+    """How a run is spread. Sizes of the axes as in the trainer; `ep` divides dp_shard · cp · tp. `tokens`: of one
+    row, all context-parallel ranks together. `rows`: rows of a step on one rank (accumulation, pipeline
+    microbatches). `bytes`: of a parameter in forward and backward (2: bfloat16). `fused`: the optimizer needs no
+    temporaries, as on a GPU."""
 
     tokens: int
     pp: int = 1
@@ -68,8 +69,8 @@ def memory(config: Mapping, layout: Layout) -> dict[str, int]:
     "gathered", "activations", "working", "total"}.
 
     parameters, optimizer: float32 weights and both moments of AdamW, sharded over dp_shard · cp, tp, pp (experts over
-    ep, and over what ep leaves of dp_shard · cp). gradients: float32; while rows are accumulated FSDP holds them whole.
-    gathered: two layers and the head in the type of the computation, with a pipeline all layers of the stage.
+    ep, and over what ep leaves of dp_shard · cp · tp). gradients: float32; while rows are accumulated FSDP holds them
+    whole. gathered: two layers and the head in the type of the computation, with a pipeline all layers of the stage.
     activations: what backward needs, of all rows that are under way in a pipeline. working: the larger of a layer
     computed again with its gradients, of the head with a chunk of logits and the gradient of its weight, and of the
     optimizer's temporaries. What CUDA, NCCL and fragmentation take (2 GiB or so) is not counted.
@@ -80,8 +81,8 @@ def memory(config: Mapping, layout: Layout) -> dict[str, int]:
     hidden, vocabulary = text["hidden_size"], text["vocab_size"]
     ends = vocabulary * hidden * (1 if _tied(text) or layout.pp > 1 else 2) // layout.tp
     dense = sum(layer.dense for layer in stage) // layout.tp + ends
-    experts = sum(layer.experts for layer in stage) // (layout.tp * layout.ep)
-    local = dense // layout.shards + experts // max(1, layout.shards // layout.ep)
+    experts = sum(layer.experts for layer in stage) // layout.ep
+    local = dense // layout.shards + experts // max(1, layout.shards * layout.tp // layout.ep)
     tokens = layout.tokens // layout.cp
 
     whole = max((_gathered(layer, layout) for layer in stage), default=0)
@@ -113,7 +114,7 @@ def memory(config: Mapping, layout: Layout) -> dict[str, int]:
 
 
 def _gathered(layer: Layer, layout: Layout) -> int:
-    return (layer.dense + layer.experts // layout.ep) // layout.tp
+    return layer.dense // layout.tp + layer.experts // layout.ep
 
 
 def _kept(layer: Layer, layout: Layout, hidden: int) -> float:

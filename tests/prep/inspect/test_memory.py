@@ -121,6 +121,11 @@ def test_axes_divide_what_they_should():
     assert spread[1]["optimizer"] == spread[4]["optimizer"]
     experts = 16 * 3 * 128 * 64  # of a layer; two layers are gathered, in bfloat16, three quarters of them elsewhere
     assert spread[1]["gathered"] - spread[4]["gathered"] == 2 * 2 * experts * 3 // 4
+    # Tensor ranks are data ranks of the experts: ep may span them, and no matrix of an expert is cut.
+    cut, whole = (memory(sparse, Layout(4096, tp=4, ep=ep)) for ep in (4, 1))
+    assert cut["optimizer"] == whole["optimizer"] == memory(sparse, Layout(4096, tp=2, dp_shard=2, ep=4))["optimizer"]
+    pipelines = [memory(sparse, Layout(4096, pp=2, dp_shard=2, tp=2, ep=ep))["gathered"] for ep in (1, 4)]
+    assert pipelines[0] - pipelines[1] == 2 * 4 * experts * 3 // 4
     kept = {recompute: memory(dense, Layout(4096, recompute=recompute)) for recompute in RECOMPUTE}
     none, selective, full = (kept[recompute]["activations"] for recompute in RECOMPUTE)
     assert none > 1.5 * selective > 3 * full
