@@ -27,9 +27,10 @@ from train.attention.choose import choose_backend
 from train.attention.probe import check_isolation
 from train.balance import move_biases, take_load
 from train.checkpoint import Checkpointer, DataState, Position, check_data_state, read_position
-from train.config import Config, parse
+from train.config import Config
 from train.cut import choose_cut
 from train.data import PackedLoader, Schedule, open_shards
+from train.flags import parse
 from train.flops import StepFlops, peak_flops
 from train.lay import choose_lay
 from train.mesh import Mesh, build_mesh, pick_device, set_threads, start_process_group

@@ -15,7 +15,7 @@ from make_shards import make_shards, random_packs
 from ranks import run_ranks
 from tiny_models import write_tiny_model
 from train.checkpoint import whole_checkpoints
-from train.config import parse
+from train.flags import parse
 
 STEPS = 6
 

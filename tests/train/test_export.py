@@ -13,8 +13,8 @@ import train.main
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
 from train.checkpoint import MARK, whole_checkpoints
-from train.config import parse
 from train.export import export, main
+from train.flags import parse
 
 ROOT = Path(__file__).parents[2]
 

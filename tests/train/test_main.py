@@ -26,7 +26,7 @@ import train.main
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
 from train.checkpoint import MARK, step_folder, whole_checkpoints
-from train.config import parse
+from train.flags import parse
 
 ROOT = Path(__file__).parents[2]
 FIELDS = (

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from train.config import parse
+from train.flags import parse
 from train.trackers import WANDB_ID, numbers, open_trackers
 
 NEEDED = ["--shards", "s", "--model", "m"]

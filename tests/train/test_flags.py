@@ -1,13 +1,11 @@
-"""Flags, the file behind --config, and the table of supported combinations."""
-
-from pathlib import Path
+"""Flags and the file behind --config."""
 
 import pytest
 
-from train.config import COMBINATIONS, Config, as_arguments, check, flatten, leaves, matrix, parse
+from train.config import Config, flatten, leaves
+from train.flags import check, parse
 
 NEEDED = ["--shards", "s", "--model", "m", "--out", "o"]
-ROOT = Path(__file__).parents[2]
 
 FIXED_NAMES = (
     *("shards", "model", "out", "steps", "epochs", "batch-packs", "micro-packs", "lr", "seed", "dtype", "device"),
@@ -140,24 +138,5 @@ def test_help_names_every_flag(capsys):
     assert all("--" + name.replace("_", "-") in shown for name in leaves())
 
 
-@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: row.name)
-def test_the_table_refuses_and_allows_what_it_says(row):
-    argv = [*NEEDED, *as_arguments(row.example)]
-    if row.refused is None:
-        assert flatten(parse(argv)).items() >= row.example.items()
-        assert (ROOT / row.note).is_file(), "a supported row names the test that proves it"
-    else:
-        with pytest.raises(ValueError, match=r".") as error:
-            parse(argv)
-        assert str(error.value) == row.note.format(**row.example)
-    assert row.name in matrix()
-
-
 def test_the_defaults_are_supported():
     check(parse(NEEDED))
-
-
-def test_the_readme_shows_the_table():
-    text = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
-    shown = text.split("<!-- matrix -->\n")[1].split("\n<!-- /matrix -->")[0]
-    assert shown == matrix(), "paste what `python -c 'from train.config import matrix; print(matrix())'` prints"
