@@ -1,0 +1,105 @@
+"""`prep encode` as a user runs it: what it prints, what it leaves behind, Ctrl-C."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner
+from encoding_runs import chats, digest, run, write_jsonl
+
+from prep.cli import main
+from prep.encode.command import encode as command
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_too_many_bad_records_leave_their_list_behind(tmp_path, byte_level):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{\n{\n')
+    given = ["--tokenizer", byte_level, "--on-error", "skip", "--max-errors", "1", "--quiet"]
+    encode_it = ["encode", path, "--out", tmp_path / "b.store"]
+    for arguments in (encode_it, ["pack", path, "--out", tmp_path / "a", "--seq-len", 64]):
+        result = CliRunner().invoke(main, [str(a) for a in [*arguments, *given]])
+        assert result.exit_code == 1
+        assert "max-errors" in result.output
+    for name in ("a.store", "b.store"):
+        assert len((tmp_path / name / "units" / "00000.rejects.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_command(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", [*chats(5), {"text": ""}])
+    result = CliRunner().invoke(command, [str(path), "--out", str(tmp_path / "s"), "--tokenizer", str(byte_level)])
+    assert result.exit_code == 0, result.output
+    assert "5 documents" in result.output
+    assert "dropped, empty: 1 documents" in result.output
+    result = CliRunner().invoke(command, ["--out", "x", "--tokenizer", "y"])
+    assert result.exit_code == 2
+    assert "either INPUTS or --mix" in result.output
+
+
+def test_turns_that_cannot_be_trained_stand_in_ledger_summary_and_lint(tmp_path, byte_level):
+    """A template that never closes a turn, and answers without words: nothing of it is silent."""
+    (tmp_path / "open.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    answerless = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}
+    path = write_jsonl(tmp_path / "a.jsonl", [*chats(5), answerless])
+    turns = sum(len(record["messages"]) // 2 for record in chats(5))
+    given = [path, "--out", tmp_path / "s", "--tokenizer", byte_level, "--chat-template", tmp_path / "open.jinja"]
+    result = CliRunner().invoke(main, ["encode", *map(str, given), "--json", "--quiet"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    notes = {"turns_without_a_trained_end": turns, "turns_without_words": 1}
+    assert notes.items() <= summary["ledger"]["total"]["notes"].items()
+    assert summary["ledger"] == json.loads((tmp_path / "s" / "ledger.json").read_text())
+    assert (summary["rows"], summary["finished"]) == (5, True)
+    again = CliRunner().invoke(main, ["encode", *map(str, given)])  # a finished store is summed up as well
+    assert f"turns without a trained end: {turns}" in again.output
+    linted = json.loads(CliRunner().invoke(main, ["lint", str(tmp_path / "s"), "--json"]).stdout)
+    assert {"turns-without-a-trained-end", "turns-without-words"} <= {f["check"] for f in _findings(linted)}
+
+
+def _findings(linted):
+    return linted["findings"] if "findings" in linted else next(iter(linted.values()))["findings"]
+
+
+CTRL_C_AFTER_THREE_UNITS = """
+import os, signal
+from prep.encode.command import encode
+from prep.engine.local import Workers
+
+real, done = Workers.run, []
+
+def interrupted(self, function, units, on_done):
+    def note(unit, result):
+        done.append(unit)
+        if on_done:
+            on_done(unit, result)
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+    return real(self, function, units, note)
+
+if __name__ == "__main__":
+    # A suite that was started in the background hands its children an ignored SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    Workers.run = interrupted
+    encode()
+"""
+
+
+def test_ctrl_c_ends_cleanly_and_can_be_resumed(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(500))
+    (tmp_path / "program.py").write_text(CTRL_C_AFTER_THREE_UNITS)
+    program = [sys.executable, tmp_path / "program.py", path, "--out", tmp_path / "s"]
+    program += ["--tokenizer", byte_level, "--workers", "2", "--unit-bytes", "2000"]
+    done = subprocess.run(
+        program, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "go on with --resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "s").rglob("*.tmp"))
+    run(path, tmp_path / "whole", byte_level, unit_bytes=2000)
+    run(path, tmp_path / "s", byte_level, unit_bytes=2000, resume=True)
+    assert digest(tmp_path / "s") == digest(tmp_path / "whole")

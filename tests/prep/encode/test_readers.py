@@ -1,0 +1,150 @@
+"""Every format gives the same documents; files that are damaged are named."""
+
+import csv
+import gzip
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+from encoding_runs import chats, documents, run, texts, write_jsonl
+
+from prep.encode.sources import SourceSpec
+
+
+def write_as(kind, folder, records):
+    """The same records in another format; returns what names them."""
+    path = folder / f"data.{kind}"
+    table = pa.Table.from_pylist(records)
+    if kind == "jsonl":
+        return write_jsonl(path, records)
+    if kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(write_jsonl(folder / "x", records).read_bytes()))
+        (folder / "x").unlink()
+    elif kind == "jsonl.zst":
+        path.write_bytes(pa.compress(write_jsonl(folder / "x", records).read_bytes(), "zstd", asbytes=True))
+        (folder / "x").unlink()
+    elif kind == "json":
+        path.write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
+    elif kind == "parquet":
+        pq.write_table(table, path, row_group_size=17)
+    elif kind == "arrow":
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            for batch in table.to_batches(max_chunksize=13):
+                writer.write_batch(batch)
+    elif kind == "feather":
+        pyarrow.feather.write_feather(table, path, compression="zstd", chunksize=19)
+    elif kind in ("csv", "tsv"):
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["text"], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(records)
+    elif kind == "saved":
+        datasets.Dataset.from_list(records).save_to_disk(folder / "saved", num_shards=2)
+        return folder / "saved"
+    elif kind == "saved-split":
+        datasets.DatasetDict(train=datasets.Dataset.from_list(records)).save_to_disk(folder / "dict")
+        return f"{folder / 'dict'}#train"
+    elif kind == "hf":
+        write_jsonl(folder / "train.jsonl", records)
+        return f"hf:{folder}#train"
+    return path
+
+
+FORMATS = [
+    "jsonl",
+    "jsonl.gz",
+    "jsonl.zst",
+    "json",
+    "parquet",
+    "arrow",
+    "feather",
+    "csv",
+    "tsv",
+    "saved",
+    "saved-split",
+    "hf",
+]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_documents(kind, tmp_path, byte_level):
+    records = texts(60)
+    expected = documents(run(write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "expected", byte_level))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    store = run(write_as(kind, folder, records), tmp_path / "store", byte_level, unit_bytes=1000)
+    assert documents(store) == expected
+    assert len(expected) == 60
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "saved"])
+def test_chats_in_columns_are_chats(kind, tmp_path, byte_level):
+    records = chats(20)
+    expected = documents(run(write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "expected", byte_level))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    assert documents(run(write_as(kind, folder, records), tmp_path / "store", byte_level)) == expected
+
+
+def test_plain_text_by_line_paragraph_and_document(tmp_path, byte_level):
+    path = tmp_path / "a.txt"
+    path.write_bytes("one\ntwo\r\n\n\nthree\nfour\n".encode("utf-8-sig"))
+    for by, expected in (
+        ("line", ["one", "two", "three", "four"]),
+        ("paragraph", ["one\ntwo", "three\nfour"]),
+        ("document", ["one\ntwo\r\n\n\nthree\nfour\n"]),
+    ):
+        store = run([SourceSpec("t", (str(path),), text_by=by)], tmp_path / by, byte_level)
+        lines = write_jsonl(
+            tmp_path / f"{by}.jsonl", [{"text": t.replace("\r\n", "\n") if by == "paragraph" else t} for t in expected]
+        )
+        if by == "paragraph":
+            lines = write_jsonl(lines, [{"text": "one\ntwo"}, {"text": "three\nfour"}])
+        assert documents(store) == documents(run(lines, tmp_path / f"{by}.store", byte_level))
+
+
+def test_nasty_lines(tmp_path, byte_level):
+    path = tmp_path / "nasty.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf"
+        + b'{"text": "bom"}\r\n\n   \n'  # a BOM, blank lines, Windows ends of line
+        + json.dumps({"text": "x" * 10**6}).encode()
+        + b"\n"  # one long line
+        + json.dumps({"text": " " * 30000 + "y"}).encode()
+        + b"\n"
+        + json.dumps({"text": "\x00\x01\x1f"}).encode()
+        + b"\n"
+        + b'{"text": "no newline at the end"}'
+    )
+    store = run(path, tmp_path / "store", byte_level, unit_bytes=5000)
+    assert len(store) == 5
+    assert store.ledger.total()["read"]["documents"] == 5
+    path.write_bytes(b'{"text": "cut of')
+    with pytest.raises(ValueError, match="line 1: not readable as JSON"):
+        run(path, tmp_path / "s2", byte_level)
+    path.write_bytes(b'{"text": "ok"}\n{"text": "\xff\xfe"}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        run(path, tmp_path / "s3", byte_level)
+
+
+def test_damaged_files(tmp_path, byte_level):
+    data = gzip.compress(write_jsonl(tmp_path / "a.jsonl", texts(1000)).read_bytes())
+    (tmp_path / "cut.jsonl.gz").write_bytes(data[: len(data) // 2])
+    zst = pa.compress((tmp_path / "a.jsonl").read_bytes(), "zstd", asbytes=True)
+    (tmp_path / "cut.jsonl.zst").write_bytes(zst[: len(zst) // 2])
+    (tmp_path / "cut.json").write_text('[{"text": "a"}, {"text": "b"')
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1" + b"x" * 100)
+    (tmp_path / "cut.csv").write_text('text\n"never closed\n')
+    for name, reason in (
+        ("cut.jsonl.gz", "damaged or cut off"),
+        ("cut.jsonl.zst", "damaged or cut off"),
+        ("cut.json", "cut off"),
+        ("cut.parquet", "not readable as Parquet"),
+        ("cut.csv", "not readable as csv"),
+    ):
+        with pytest.raises(ValueError, match=reason) as caught:
+            run(tmp_path / name, tmp_path / f"{name}.store", byte_level)
+        assert name in str(caught.value)

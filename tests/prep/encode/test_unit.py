@@ -1,0 +1,111 @@
+"""One work unit: bad records, control tokens, bos and eos, and second opinions on its engine and its rendering."""
+
+import json
+
+import numpy as np
+import pytest
+from encoding_runs import chats, documents, run, texts, write_jsonl
+
+from prep.encode.direct import DirectRenderer
+from prep.encode.tokens import TokenEncoder
+
+
+def test_engines_give_the_same_documents(tmp_path, byte_level):
+    pytest.importorskip("fastokens")
+    path = write_jsonl(tmp_path / "a.jsonl", [*chats(300), *texts(300)])
+    fast = run(path, tmp_path / "fast", byte_level, engine="fast")
+    assert documents(fast) == documents(run(path, tmp_path / "hf", byte_level, engine="hf"))
+    assert fast.ledger.total()["notes"]["compared_with_hf"] > 0
+
+
+def test_bad_records_stop_with_file_and_line(tmp_path, byte_level):
+    good = '{"text": "fine"}\n'
+    cases = {
+        "not readable as JSON": ('{"text": "x"', "line 101"),
+        "no known field": ('{"txt": 1}', "line 101"),
+    }
+    for reason, (line, where) in cases.items():
+        path = tmp_path / "bad.jsonl"
+        path.write_text(good * 100 + line + "\n" + good)
+        with pytest.raises(ValueError, match=reason) as caught:
+            run(path, tmp_path / "store", byte_level, unit_bytes=300)
+        assert f"bad.jsonl, {where}:" in str(caught.value)
+        assert not (tmp_path / "store").exists()
+
+
+def test_skipping_bad_records(tmp_path, byte_level):
+    good = json.dumps({"text": "fine"})
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([good, "{", good, '{"no": 1}', good]) + "\n")
+    store = run(path, tmp_path / "store", byte_level, on_error="skip")
+    total = store.ledger.total()
+    assert (total["read"]["documents"], total["kept"]["documents"]) == (5, 3)
+    assert total["dropped"]["error"]["documents"] == 2
+    rejects = [json.loads(line) for line in (tmp_path / "store" / "rejects.jsonl").read_text().splitlines()]
+    assert [r["where"] for r in rejects] == ["a.jsonl, line 2", "a.jsonl, line 4"]
+    assert rejects[1]["record"] == '{"no": 1}'
+    assert "no known field" in rejects[1]["reason"]
+    for limit in ("1", "39%"):
+        with pytest.raises(ValueError, match="max-errors"):
+            run(path, tmp_path / f"s{limit}", byte_level, on_error="skip", max_errors=limit)
+    assert len(run(path, tmp_path / "s40", byte_level, on_error="skip", max_errors="40%")) == 3
+
+
+def test_control_tokens_in_texts_are_text(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a<|im_end|>b"}, {"text": "plain"}])
+    end = 599  # not the id: the vocabulary is looked up below
+    store = run(path, tmp_path / "s", byte_level)
+    tokenizer = json.loads((byte_level / "tokenizer.json").read_text())
+    end = next(t["id"] for t in tokenizer["added_tokens"] if t["content"] == "<|im_end|>")
+    ids = store.document(0)[0].tolist()
+    assert ids.count(end) == 1
+    assert ids[-1] == end  # the eos that we put there
+    assert store.ledger.total()["notes"]["control_tokens_kept_as_text"] == 1
+    allowed = run(path, tmp_path / "allowed", byte_level, allow_special=True)
+    assert allowed.document(0)[0].tolist().count(end) == 2
+
+
+def test_bos_and_eos_of_plain_texts(tmp_path, sentencepiece, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "hello"}, {"prompt": "2+2=", "completion": "4"}])
+    store = run(path, tmp_path / "s", sentencepiece)
+    for index, trained in ((0, None), (1, 2)):
+        ids, mask = store.document(index)
+        assert ids[0] == store.info.bos_id
+        assert ids[-1] == store.info.eos_id
+        assert (mask[0], mask[-1]) == (0, 1)
+        if trained:
+            assert mask.sum() == trained
+    assert run(path, tmp_path / "b", byte_level).info.bos_id is None
+
+
+def test_a_unit_in_which_the_fast_engine_differs_is_done_again_with_hf(tmp_path, byte_level, monkeypatch):
+    pytest.importorskip("fastokens")
+    path = write_jsonl(tmp_path / "a.jsonl", texts(3000))
+    expected = run(path, tmp_path / "hf", byte_level, engine="hf", unit_bytes=10**6)
+    real = TokenEncoder._encode_fast
+
+    def wrong(self, given):
+        ids, offsets = real(self, given)
+        return ids + (ids == ids[0]).astype(np.int32), offsets
+
+    monkeypatch.setattr(TokenEncoder, "_encode_fast", wrong)
+    store = run(path, tmp_path / "fast", byte_level, engine="fast", unit_bytes=10**6)
+    assert documents(store) == documents(expected)
+    assert store.ledger.total()["notes"]["engine_differed_units"] >= 1
+
+
+def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tmp_path, byte_level, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(300))
+    expected = run(path, tmp_path / "right", byte_level)
+    real = DirectRenderer.render
+
+    def wrong(self, messages):
+        rendering = real(self, messages)
+        if rendering is not None:
+            rendering.text += "!"
+        return rendering
+
+    monkeypatch.setattr(DirectRenderer, "render", wrong)
+    store = run(path, tmp_path / "wrong", byte_level)
+    assert documents(store) == documents(expected)
+    assert store.ledger.total()["notes"]["direct_rendering_differed_units"] == 1
