@@ -1,5 +1,5 @@
 """One attention layer over context-parallel ranks against the whole row on one: every method × backend × feature
-(grouped heads, window, softcap, sinks), and the leak probe for each: a changed document moves nothing outside itself."""
+(grouped heads, window, softcap, sinks), and the leak probe for each: a changed document moves nothing outside."""
 
 import types
 

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from parity import LIMIT, by_documents, packed_steps
 from reference import distance
+from tiny_models import MIXTURES, write_tiny_model
 from torch.distributed.tensor import DTensor
 
 from formats.dataset import PackedDataset
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
-from tiny_models import MIXTURES, write_tiny_model
 from train import hf
 from train.balance import routers, take_load
 from train.config import Config, Data, Layout, Model, Router
@@ -173,74 +173,6 @@ def test_without_auxiliary_losses_they_are_those_of_the_documents(places, tmp_pa
         for measured, error, parameter in ranks:
             assert measured == pytest.approx(loss, rel=LIMIT[dtype])
             assert error <= LIMIT[dtype], parameter
-
-
-def probe(model_dir, shards, changed_shards, numbers, document, layout):
-    """This rank's (logits of the original, of the changed shards, whether a token is the document's own, distance of the
-    gradients of the other documents' targets)."""
-    device = torch.device("cpu")
-    config = Config(layout=layout)
-    mesh = build_mesh(layout, device)
-    with torch.device("meta"):
-        model = Decoder(hf.read_config(model_dir)).double()
-    model = parallelize(model, mesh, config)
-    model.to_empty(device=device)
-    hf.load_weights(model, model_dir)
-    rows = []
-    for folder in (numbers, shards, changed_shards):
-        dataset = open_shards(folder)
-        cut = choose_cut(layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest, layout.sequence)
-        dp = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-        loader = PackedLoader(dataset, Schedule(1, "input", 0, 0, 1, 1), device=device, cut=cut, **dp)
-        loader.next_step()
-        (row,) = loader.rows()
-        rows.append(row)
-        loader.close()
-    own = rows[0].input_ids == document
-    outputs, gradients = [], []
-    for row in rows[1:]:
-        with torch.no_grad():
-            outputs.append(model(row.input_ids, row.position_ids, row.segments))
-        model(row.input_ids, row.position_ids, row.segments, row.labels.masked_fill(own, -100)).backward()
-        gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()]))
-        model.zero_grad()
-    return *outputs, own, distance(gradients[1], gradients[0]), gradients[0].any().item()
-
-
-def probes(cases):
-    return [probe(*arguments) for arguments in cases]
-
-
-PROBED = {
-    2: [Layout(ep=2), Layout(ep=2, cp=2, cp_method="needed"), Layout(ep=2, tp=2)],
-    4: [Layout(ep=4, cp=2, tp=2)],
-}
-
-
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_changed_token_moves_its_document_alone(world, places, tmp_path):
-    """In float64 to 1e-12 and not to the bit: a changed token may visit other experts, and a matrix product with one row
-    more may add in another order. Some ranks hold nothing but an empty pack."""
-    capacity, align, cp = SHARDS["packed for 2"]
-    ids, mask, lens, slots, docs, offsets = random_packs(np.random.default_rng(8), 1, capacity, align, 300)[0]
-    numbers = np.repeat(np.arange(1, len(slots) + 1, dtype=np.int32), slots)
-    document = int(numbers[capacity // 2])
-    changed = ids.copy()
-    changed[np.flatnonzero(numbers == document)[0]] += 1
-    folders = [
-        make_shards(tmp_path / name, [(row, mask, lens, slots, docs, offsets)], capacity=capacity, align=align, cp=cp)
-        for name, row in (("original", ids), ("changed", changed), ("numbers", numbers))
-    ]
-    families = ("deepseek_v3", "gpt_oss")
-    cases = [(places[family], *folders, document, layout) for layout in PROBED[world] for family in families]
-    for (family, *_, layout), *ranks in zip(cases, *run_ranks(probes, world, cases, timeout=200), strict=True):
-        assert any(own.any() for _, _, own, _, _ in ranks), (family, layout)
-        for before, after, own, moved_gradient, some in ranks:
-            moved = (before - after).abs().amax(dim=1)
-            assert not (moved[~own] > 1e-12).any(), (family, layout)
-            assert not own.any() or moved[own].max() > 1e-4, (family, layout)
-            assert moved_gradient < 1e-12, (family, layout)
-            assert some, (family, layout)
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import pytest
 import torch
 from reference import distance
 from safetensors.torch import load_file
+from tiny_models import write_tiny_model
 
 import train.main
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
-from tiny_models import write_tiny_model
 from train.checkpoint import whole_checkpoints
 from train.flags import parse
 

@@ -7,21 +7,13 @@ import numpy as np
 import pytest
 import torch
 from parity import LIMIT, by_documents, packed_steps
-from torch.distributed.tensor import DTensor
 
 import train.data
 from formats.dataset import PackedDataset
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
-from train import hf
 from train.config import Config, Data, Layout, Model
-from train.cut import choose_cut
-from train.data import PackedLoader, Schedule, open_shards
-from train.mesh import build_mesh
-from train.model.decoder import Decoder
-from train.parallel.apply import parallelize
 from train.parallel.pp import SCHEDULES
-from train.step import LOSS_AXES, accumulate_gradients, sum_over
 
 METHODS = ("gather", "needed", "ring", "ulysses")
 
@@ -79,7 +71,9 @@ def wanted(places, tmp_path_factory):
     return compute
 
 
-def case(schedule, pp, model="tied", dtype=torch.float64, micro=1, split=None, recompute="none", compiled=False, **axes):
+def case(
+    schedule, pp, model="tied", dtype=torch.float64, micro=1, split=None, recompute="none", compiled=False, **axes
+):
     """7 packs in a batch of 8: some row of some rank is always empty."""
     layout = Layout(pp=pp, pp_schedule=schedule, pp_split=split, **axes)
     options = Model(recompute=recompute, compile=compiled, compile_backend="eager")
@@ -163,64 +157,3 @@ def check(world, cases, places, wanted):
         for loss, error, parameter in results:
             assert loss == pytest.approx(wanted(model, dtype)[0], rel=LIMIT[dtype]), where
             assert error <= LIMIT[dtype], f"{parameter}: {where}"
-
-
-def gradients_of(cases):
-    """For each (model, shards, config) the loss and every gradient of this rank in one step over all packs."""
-    found = []
-    for model_dir, shards, config in cases:
-        mesh = build_mesh(config.layout, torch.device("cpu"))
-        with torch.device("meta"):
-            model = Decoder(hf.read_config(model_dir)).double()
-        model = parallelize(model, mesh, config)
-        model.to_empty(device="cpu")
-        hf.load_weights(model, model_dir)
-        dataset = open_shards(shards, 320)
-        schedule = Schedule(len(dataset), "input", 0, 0, config.data.batch_packs, 1)
-        cut = choose_cut(config.layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest)
-        options = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size, "device": torch.device("cpu"), "cut": cut}
-        loader = PackedLoader(dataset, schedule, **options)
-        facts = loader.next_step()
-        share = accumulate_gradients(model, loader.rows(), loader.row_count, facts.target_tokens)
-        loader.close()
-        loss = sum_over(mesh, share, LOSS_AXES).item()
-        local = {name: p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()}
-        found.append((loss, local))
-    return found
-
-
-PROBED = {
-    2: [{"pp_schedule": name} for name in SCHEDULES],
-    4: [{"cp": 2, "cp_method": method} for method in METHODS] + [{"tp": 2}, {"cp": 2, "pp_schedule": "zbv"}],
-}
-
-
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_no_token_reaches_another_document_through_a_pipeline(world, places, tmp_path):
-    """Only one document has targets: to the bit, no other document's tokens are in its loss or in any gradient, and
-    its own are."""
-    rows = random_packs(np.random.default_rng(9), 4, CAPACITY, 4, 320, max_docs=4)
-    lens = rows[1][3]
-    only, other = 1, 2  # documents of the second pack
-    assert len(lens) > 2
-    mask = np.zeros_like(rows[1][1])
-    starts = np.cumsum([0, *lens])
-    mask[starts[only] + 1 : starts[only] + rows[1][2][only]] = 1
-    folders = {}
-    for name, changed in {"as it was": None, "another": other, "its own": only}.items():
-        packs = [(ids.copy(), np.zeros_like(targets), *rest) for ids, targets, *rest in rows]
-        packs[1] = (packs[1][0], mask, *rows[1][2:])
-        if changed is not None:
-            packs[1][0][starts[changed]] += 1
-        folders[name] = make_shards(tmp_path / name.replace(" ", "-"), packs, capacity=CAPACITY, align=4, cp=2)
-    cases = [
-        (places["gemma2"], shards, Config(data=Data(batch_packs=4), layout=Layout(pp=2, **layout)))
-        for layout in PROBED[world]
-        for shards in folders.values()
-    ]
-    for of_rank in run_ranks(gradients_of, world, cases, timeout=280):
-        for k, layout in enumerate(PROBED[world]):
-            (loss, before), (same, unmoved), (differs, moved) = of_rank[3 * k : 3 * k + 3]
-            assert loss == same != differs, layout
-            assert all(torch.equal(before[name], unmoved[name]) for name in before), layout
-            assert any(not torch.equal(before[name], moved[name]) for name in before), layout

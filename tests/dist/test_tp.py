@@ -246,7 +246,7 @@ def probes(cases):
 
 
 def test_a_changed_token_moves_its_document_alone(places, tmp_path):
-    """Through tp × cp, every method; whose a token is, is read off a pack whose ids are the numbers of the documents."""
+    """Through tp × cp, every method; whose a token is, is read off a pack whose ids are numbers of documents."""
     capacity, align, cp = SHARDS["align 4"]
     ids, *rest = random_packs(np.random.default_rng(8), 1, capacity, align, 300)[0]
     numbers = np.repeat(np.arange(1, len(rest[2]) + 1, dtype=np.int32), rest[2])
