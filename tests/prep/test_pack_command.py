@@ -1,0 +1,117 @@
+"""Misuse of `prep pack` and `prep report`, gates, and what --help imports."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packing_runs import packed, run, tree, write_jsonl
+
+
+def bad(tmp_path, tokenizer, *arguments, source=None, out="out", records=None, text=None):
+    """Run a call that must fail; returns its one sentence. Nothing is left under --out."""
+    if text is not None:
+        source = tmp_path / "in.jsonl"
+        source.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if records is not None:
+        source = write_jsonl(tmp_path / "in.jsonl", records)
+    out = tmp_path / out
+    before = tree(out) if out.is_dir() else None
+    result = run("pack", source, "--out", out, "--tokenizer", tokenizer, "--seq-len", 64, *arguments)
+    assert result.exit_code not in (0, None)
+    assert isinstance(result.exception, SystemExit), result.exception
+    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.output
+    assert (tree(out) if out.is_dir() else None) == before
+    return lines[0]
+
+
+GOOD = {"text": "hello"}
+
+
+def test_misuse(tokenizer, tmp_path):
+    def fail(*arguments, **options):
+        # A finished store stays when packing fails later, and is used again by the same call: each case has its own.
+        options.setdefault("out", f"out{next(number)}")
+        return bad(tmp_path, options.pop("tokenizer", tokenizer), *arguments, **options)
+
+    number = itertools.count()
+
+    assert "nowhere.jsonl" in fail(source=tmp_path / "nowhere.jsonl")
+    assert "in.jsonl" in (message := fail(text='{"text": "a"}\n{"text": \n'))
+    assert "2" in message
+    assert "in.jsonl" in (message := fail(records=[GOOD, GOOD, {"body": "x"}]))
+    assert "3" in message
+    assert not list(tmp_path.glob("*.store"))
+    assert "tokenizer" in fail(records=[GOOD], tokenizer=tmp_path / "no-tokenizer")
+    assert "multiple of 2·cp = 4" in fail("--seq-len", 62, "--cp", 2, records=[GOOD])
+    assert "--overlong drop|truncate|split" in fail(records=[{"text": "x" * 100}, GOOD])
+    assert "no document" in fail(text="")
+    assert "no document is left after --overlong drop" in fail("--overlong", "drop", records=[{"text": "x" * 100}])
+    assert "--eval-fraction nan is not in the range" in fail("--eval-fraction", "nan", records=[GOOD])
+    assert "leaves no document for eval" in fail("--eval-fraction", 0.0001, records=[GOOD])
+    assert "--algo nonsense is none of" in fail("--algo", "nonsense", records=[GOOD])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("dear")
+    assert "already holds thesis.tex" in fail(records=[GOOD], out="taken")
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in fail(records=[GOOD], out="file")
+    assert run("pack", tmp_path / "in.jsonl", "--out", tmp_path / "q", "--seq-len", 64).exit_code == 1
+
+
+def test_a_finished_folder_is_never_overwritten(tokenizer, tmp_path):
+    packed(write_jsonl(tmp_path / "in.jsonl", [GOOD]), tmp_path / "out", tokenizer)
+    for arguments in ([], ["--resume"]):
+        assert "already holds finished shards" in bad(tmp_path, tokenizer, *arguments, records=[GOOD])
+
+
+def test_a_gate_that_is_not_met_exits_with_3_after_everything_is_written(source, tokenizer, tmp_path):
+    arguments = ["--tokenizer", tokenizer, "--seq-len", 256, "--workers", 1, "--no-page", "--quiet"]
+    gates = ["--gate", "fill>=0.5", "--gate", "dropped<=1%", "--gate", "packs < 10"]
+    result = run("pack", source, "--out", tmp_path / "out", *arguments, *gates)
+    assert result.exit_code == 3
+    assert result.output.count("Error:") == 1
+    assert "gate packs < 10 is not met: packs is" in result.output
+    assert (tmp_path / "out" / "manifest.json").exists()
+    assert run("pack", source, "--out", tmp_path / "ok", *arguments, "--gate", "fill>=0.5").exit_code == 0
+    assert (
+        "with a metric of fill, dropped"
+        in run("pack", source, "--out", tmp_path / "no", *arguments, "--gate", "x>1").output
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_report_of_what_is_no_packed_folder(tmp_path):
+    for folder, message in ((tmp_path, "unfinished"), (tmp_path / "none", "no such folder")):
+        result = run("report", folder)
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+@pytest.mark.parametrize(("command", "name"), [("report", "out/ledger.json"), ("pack", "out.store/store.json")])
+def test_a_file_that_is_no_json_is_named(command, name, source, tokenizer, tmp_path):
+    packed(source, tmp_path / "out", tokenizer)
+    file = tmp_path / name
+    file.write_bytes(b"{" * file.stat().st_size)
+    more = ["--out", tmp_path / "again", "--seq-len", 256] if command == "pack" else []
+    result = run(command, file.parent, *more)
+    assert result.exit_code == 1
+    assert f"{file}: not readable as JSON" in result.output
+    assert not (tmp_path / "again").exists()
+
+
+def test_help_is_instant_because_it_imports_nothing_heavy():
+    code = "import sys; from prep.cli import main\ntry:\n main(['pack', '--help'])\nexcept SystemExit: pass\n"
+    heavy = "numpy pyarrow numba torch tokenizers jinja2 rich matplotlib"
+    code += f"bad = [m for m in '{heavy}'.split() if m in sys.modules]; sys.exit(' '.join(bad) or 0)"
+    root = Path(__file__).parent.parent.parent
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stderr
+    assert "prep pack chats.jsonl" in result.stdout
+
+
+def test_prep_never_imports_torch():
+    code = "import sys, prep.cli, prep.pipeline, prep.inspect.terminal; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent.parent).returncode == 0
