@@ -153,7 +153,7 @@ def check_equal(world, cases, places, alone):
             assert load.z_loss == pytest.approx(wanted_load.z_loss, rel=LIMIT[dtype]), where
 
 
-@pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", CASES)
 def test_loss_gradients_and_load_equal_one_process(world, places, alone):
     check_equal(world, CASES[world], places, alone)
 
