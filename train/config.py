@@ -43,7 +43,9 @@ class Model:
         "direct", "who reads the weights: every rank what it holds, or rank 0 for all", ("direct", "broadcast")
     )
     dtype: str = _flag(
-        "float32", "parameters in forward and backward; the optimizer keeps float32", ("float32", "bfloat16")
+        "auto",
+        "parameters in forward and backward; the optimizer keeps float32. auto: bfloat16 on CUDA, float32 on CPU",
+        ("auto", "float32", "bfloat16"),
     )
     reduce_dtype: str = _flag("float32", "sum of the gradients over ranks", ("float32", "bfloat16"))
     attention: str = _flag(

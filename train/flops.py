@@ -21,6 +21,7 @@ PEAK_TFLOPS = {
     "H100": 989.4,
     "A100": 312.0,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
     "MI300X": 1307.4,
 }
@@ -42,12 +43,12 @@ class StepFlops:
         return TRAINING * (self._model.linear * facts.tokens + self._model.pair * attention)
 
 
-def peak_flops(given_tflops: float, device: torch.device, dtype: str) -> float | None:
+def peak_flops(given_tflops: float, device: torch.device, dtype: torch.dtype) -> float | None:
     """What one device could do in a second: `given_tflops` if not 0, else the table's figure for bfloat16 on a known
     GPU, else None (there is no honest figure for a CPU or an unknown device)."""
     if given_tflops:
         return given_tflops * 1e12
-    if device.type != "cuda" or dtype != "bfloat16":
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
     return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)

@@ -42,6 +42,7 @@ from train.optim import build_optimizer, learning_rate
 from train.outdir import claim
 from train.parallel.apply import parallelize
 from train.parallel.pipeline import Pipeline
+from train.precision import compute_dtype
 from train.profiling import StepProfiler
 from train.step import DP_AXES, evaluate, sum_over, train_step
 from train.trackers import open_trackers
@@ -88,10 +89,11 @@ def train(config: Config) -> None:
 
     # The model: built without memory, parallelized, and only then given memory and values, so that no rank ever
     # holds more than its part.
+    dtype = compute_dtype(config.model, device.type)
     attention = choose_backend(
         config.model.attention,
         device.type,
-        getattr(torch, config.model.dtype),
+        dtype,
         model_config.head_dim,
         softcap=model_config.attention_softcap is not None,
         sinks=model_config.attention_sinks,
@@ -99,7 +101,7 @@ def train(config: Config) -> None:
     check_isolation(
         attention,
         device,
-        getattr(torch, config.model.dtype),
+        dtype,
         model_config.head_dim,
         windows=any(layer.window is not None for layer in model_config.layers),
         softcap=model_config.attention_softcap,
@@ -117,12 +119,12 @@ def train(config: Config) -> None:
     if checkpoint is not None:
         checkpointer.load(checkpoint)
 
-    flops, peak = StepFlops(Path(config.model.model)), peak_flops(config.run.peak_tflops, device, config.model.dtype)
+    flops, peak = StepFlops(Path(config.model.model)), peak_flops(config.run.peak_tflops, device, dtype)
     first = dist.get_rank() == 0
     metrics = Metrics(out, steps, position.step, open_trackers(config, position.step) if first else [], enabled=first)
     metrics.say(
         f"{dist.get_world_size()} ranks on {device.type}: {mesh}; "
-        f"{parameter_count(model, mesh):,} parameters in {config.model.dtype}; "
+        f"{parameter_count(model, mesh):,} parameters in {str(dtype)[6:]}; "
         f"attention {attention.name}"
         + f" with {config.layout.cp_method} over cp, {cut.kind}"
         * (mesh.cp_size > 1)

@@ -99,7 +99,7 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
         ([*NEEDED, "--lr", "nan"], "--lr must be greater than 0"),
         ([*NEEDED, "--warmup-steps", "-1"], "--warmup-steps must not be negative"),
         ([*NEEDED, "--beta2", "1"], "must be below 1"),
-        ([*NEEDED, "--dtype", "float16"], "--dtype must be one of float32, bfloat16, not 'float16'"),
+        ([*NEEDED, "--dtype", "float16"], "--dtype must be one of auto, float32, bfloat16, not 'float16'"),
         ([*NEEDED, "--dp-shard", "0"], "--dp-shard must be at least 1"),
         ([*NEEDED, "--config", "/no/such.yaml"], "cannot be read: No such file"),
     ],

@@ -96,5 +96,24 @@ def test_without_windows_the_index_is_enough(tmp_path):
 
 
 def test_no_peak_is_made_up_for_a_device_that_is_not_known():
-    assert peak_flops(0.0, CPU, "bfloat16") is None
-    assert peak_flops(2.0, CPU, "float32") == 2e12
+    assert peak_flops(0.0, CPU, torch.bfloat16) is None
+    assert peak_flops(2.0, CPU, torch.float32) == 2e12
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = peak_flops(0.0, torch.device("cuda"), torch.bfloat16)
+    assert peak == (None if tflops is None else tflops * 1e12)
+    assert peak_flops(0.0, torch.device("cuda"), torch.float32) is None

@@ -22,15 +22,26 @@ def choose_backend(
 
     Raises ValueError saying why a kernel is refused, and which can be used instead.
     """
-    refusals = {b.name: b.refusal(device, dtype, head_dim, softcap, sinks) for b in BACKENDS.values()}
+
+    def why_not(dtype: torch.dtype) -> dict[str, str | None]:
+        return {b.name: b.refusal(device, dtype, head_dim, softcap, sinks) for b in BACKENDS.values()}
+
+    refusals = why_not(dtype)
     usable = [backend for backend, reason in refusals.items() if reason is None]
-    instead = f"use {' or '.join(usable)}" if usable else "no kernel can serve this model on this device"
+    bfloat16_would_do = not usable and None in why_not(torch.bfloat16).values()
+    if usable:
+        instead = f"use {' or '.join(usable)}"
+    elif bfloat16_would_do:
+        instead = "use --dtype bfloat16"
+    else:
+        instead = "no kernel can serve this model on this device"
     if name in CANNOT_ISOLATE:
         raise ValueError(f"Attention backend {name!r} cannot keep packed documents apart: {instead}.")
     if name == "auto":
         if not usable:
             reasons = "; ".join(f"{backend}: {reason}" for backend, reason in refusals.items())
-            raise ValueError(f"No attention backend can serve this model on {device} ({reasons}).")
+            hint = f"; {instead}" if bfloat16_would_do else ""
+            raise ValueError(f"No attention backend can serve this model on {device} ({reasons}){hint}.")
         return BACKENDS[usable[0]]
     if name not in BACKENDS:
         raise ValueError(f"Unknown attention backend {name!r}: choose auto, {', '.join(BACKENDS)}.")

@@ -6,7 +6,6 @@ already divided by the step's global number of targets, so every layout gives th
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -15,6 +14,7 @@ from train.config import Config
 from train.mesh import Mesh
 from train.model.moe import MixtureOfExperts
 from train.parallel.tensor_axis import is_cut_unevenly
+from train.precision import cast_dtypes
 
 
 def _cut(parameter: nn.Parameter) -> Shard:
@@ -31,13 +31,12 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     nothing to shard, cast or sum: its model stays as it is, which saves three copies of all weights a step (a tenth of
     the step for SmolLM2 on CPU).
     """
-    param_dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
+    param_dtype, reduce_dtype = cast_dtypes(config.model, mesh.root.device_type)
     # With tp FSDP also sums the gradients of which each tensor rank has a part (`Partial`), once a step.
     if mesh.fsdp.size() * mesh.tp_size == 1 and param_dtype is None and not config.layout.cpu_offload:
         return model
-    reduce_dtype = None if param_dtype is None else getattr(torch, config.model.reduce_dtype)
     # No casting of inputs: hidden states have the dtype of the weights that made them, and the tables of rotary
-    # angles must stay float32. None (not float32) for full precision, so that fp64 flows through for the proofs.
+    # angles must stay float32.
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload = (
         CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda") if config.layout.cpu_offload else OffloadPolicy()

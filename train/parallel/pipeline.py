@@ -21,6 +21,7 @@ from train.config import Config
 from train.mesh import Mesh
 from train.model.decoder import Decoder
 from train.parallel.pp import SCHEDULES
+from train.precision import cast_dtypes
 from train.row import MicroBatch
 
 
@@ -42,8 +43,7 @@ class Pipeline(nn.Module):
         self._device = torch.device(mesh.root.device_type)
         self._stream_ranks = mesh.tp_size if config.layout.sp else 1  # among which a row's tokens are shared out
         self._name = config.layout.pp_schedule
-        self._param_dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
-        self._reduce_dtype = None if self._param_dtype is None else getattr(torch, config.model.reduce_dtype)
+        self._param_dtype, self._reduce_dtype = cast_dtypes(config.model, mesh.root.device_type)
         self.config = next(iter(stages.values())).config
         self.embed_tokens = self._first.embed_tokens if self._first else None
         self.layers = nn.ModuleDict({name: b for stage in stages.values() for name, b in stage.layers.items()})

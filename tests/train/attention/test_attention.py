@@ -163,11 +163,18 @@ def test_auto_takes_what_can_serve():
         (("sdpa", "cpu", torch.float32, 64), "cannot keep packed documents apart: use cpu"),
         (("magic", "cpu", torch.float32, 64), "Unknown attention backend 'magic': choose auto, torch, flash, te, cpu"),
         (("torch", "cpu", torch.bfloat16, 64), "runs on cuda, not on cpu; use cpu"),
-        (("torch", "cuda", torch.float32, 64), "computes in bfloat16, float16, not in float32"),
+        (
+            ("torch", "cuda", torch.float32, 64),
+            r"'torch' is refused: it computes in bfloat16, float16, not in float32; use --dtype bfloat16\.",
+        ),
         (("cpu", "cuda", torch.bfloat16, 64), "runs on cpu, not on cuda; use torch"),
         (("torch", "cuda", torch.bfloat16, 512), "at most 256 dimensions, this model's have 512"),
         (("torch", "cuda", torch.bfloat16, 20), "a multiple of 8 dimensions, this model's have 20"),
-        (("auto", "cuda", torch.float32, 64), "No attention backend can serve this model on cuda"),
+        (
+            ("auto", "cuda", torch.float32, 64),
+            r"No attention backend can serve this model on cuda \(torch: .*\); use --dtype bfloat16\.",
+        ),
+        (("auto", "cuda", torch.bfloat16, 512), r"No attention backend can serve this model on cuda \(.*\)\.$"),
     ],
 )
 def test_refusals_say_why_and_what_instead(arguments, message):
