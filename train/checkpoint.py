@@ -4,7 +4,9 @@
                                  complete.json   written last: a folder without it is ignored
 
 The position in the data is one integer, the packs consumed, valid only under the same data state. The learning rate and
-everything random are functions of the step, so nothing else is kept and another world size resumes exactly.
+everything random are functions of the step, so no other state is kept and another world size resumes exactly. The flags
+of optimizer and schedule are those of the run that goes on; the mark keeps those it was trained under, so that a change
+can be told.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ import shutil
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +33,7 @@ from formats.shard import write_json
 
 MARK = "complete.json"
 FOLDER = "checkpoints"
-VERSION = 1
+VERSION = 2
 
 # Flat names (parameter.exp_avg) instead of nested ones survive a different split of the parameters over ranks.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -48,11 +51,13 @@ class DataState:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimizer steps done and packs consumed, under `data`."""
+    """Where a run stands: optimizer steps done, `skipped` of them because something was not finite, and packs consumed,
+    under `data`."""
 
     step: int
     consumed: int
     data: DataState
+    skipped: int = 0
 
 
 def step_folder(out: Path, step: int) -> Path:
@@ -64,20 +69,20 @@ def whole_checkpoints(out: Path) -> list[Path]:
     return sorted(mark.parent for mark in (Path(out) / FOLDER).glob(f"step-*/{MARK}"))
 
 
-def read_position(folder: Path) -> Position:
-    """The position that a complete checkpoint holds.
+def read_mark(folder: Path) -> tuple[Position, dict[str, Any]]:
+    """The position that a complete checkpoint holds, and the recipe (flag name → value) it was trained under.
 
     Raises: ValueError when the folder is no complete checkpoint or of another version.
     """
     path = Path(folder) / MARK
     try:
         value = json.loads(path.read_bytes())
-        version, data = value["version"], value["data"]
-        position = Position(
-            value["step"],
-            value["consumed"],
-            DataState(tuple(data["fingerprints"]), tuple(data["weights"]), data["seed"], data["batch_packs"]),
-        )
+        version = value["version"]
+        if version == VERSION:
+            data = value["data"]
+            data = DataState(tuple(data["fingerprints"]), tuple(data["weights"]), data["seed"], data["batch_packs"])
+            position = Position(value["step"], value["consumed"], data, value["skipped"])
+            recipe = dict(value["recipe"])
     except FileNotFoundError:
         raise ValueError(
             f"{folder}: no complete checkpoint (there is no {MARK}); name a folder step-… that has one"
@@ -88,7 +93,13 @@ def read_position(folder: Path) -> Position:
         raise ValueError(
             f"{path}: checkpoint version {version}, this trainer reads {VERSION}; resume with the one that wrote it"
         )
-    return position
+    return position, recipe
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two recipes, as `--weight-decay 0.01 → 0.3, …`; "" when nothing does."""
+    names = [name for name in now if before.get(name) != now[name]]
+    return ", ".join(f"--{name.replace('_', '-')} {before.get(name)} → {now[name]}" for name in names)
 
 
 def check_data_state(folder: Path, saved: DataState, now: DataState) -> None:
@@ -112,10 +123,17 @@ class Checkpointer:
     """Saves and loads the checkpoints of one run; every method is called by all ranks together."""
 
     def __init__(
-        self, out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int, *, background: bool = False
+        self,
+        out: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        keep: int,
+        *,
+        recipe: dict[str, Any] | None = None,
+        background: bool = False,
     ):
         self._out, self._model, self._optimizer, self._keep = Path(out), model, optimizer, keep
-        self._background = background
+        self._recipe, self._background = recipe or {}, background
         self._writing: tuple[Position, Future] | None = None
         # A group of its own: planning talks over gloo and must never meet the collectives of training.
         self._group = dist.new_group(backend="gloo")
@@ -160,13 +178,15 @@ class Checkpointer:
     def _complete(self, position: Position) -> None:
         if dist.get_rank() != 0:
             return
-        write_json(step_folder(self._out, position.step) / MARK, {"version": VERSION, **dataclasses.asdict(position)})
+        mark = {"version": VERSION, **dataclasses.asdict(position), "recipe": self._recipe}
+        write_json(step_folder(self._out, position.step) / MARK, mark)
         for old in whole_checkpoints(self._out)[: -self._keep] if self._keep else []:
             (old / MARK).unlink()  # first the mark: a kill in between must not leave half a checkpoint that looks whole
             shutil.rmtree(old)
 
     def load(self, folder: Path) -> None:
-        """Fill model and optimizer in place from a complete checkpoint, whatever mesh wrote it.
+        """Fill model and optimizer in place from a complete checkpoint, whatever mesh wrote it. Weight decay, betas and
+        the kernel of the optimizer stay as they are: they are this run's.
 
         Raises: ValueError when its tensors are not those of this model.
         """
@@ -181,11 +201,20 @@ class Checkpointer:
                 raise ValueError(
                     f"{folder}: {name} is {tuple(size)} there and {tuple(value.shape)} in this model; check --model"
                 )
+        options = {name: value for name, value in state["optimizer"].items() if name.startswith("param_groups.")}
         dcp.load(state, checkpoint_id=folder, process_group=self._group)
+        # Before they are set, not after: a fused kernel wants its step counts on the device.
+        state["optimizer"] |= options
         set_model_state_dict(self._model, state["model"])
         set_optimizer_state_dict(self._model, self._optimizer, state["optimizer"], options=_OPTIONS)
 
     def _state(self) -> dict[str, dict]:
+        if not self._optimizer.state:
+            # torch makes the moments by a step of its own (learning rate and gradients 0), which must not count: so it
+            # is when all steps so far were skipped.
+            get_optimizer_state_dict(self._model, self._optimizer, options=_OPTIONS)
+            for moments in self._optimizer.state.values():
+                moments["step"].zero_()
         return {
             "model": get_model_state_dict(self._model),
             "optimizer": get_optimizer_state_dict(self._model, self._optimizer, options=_OPTIONS),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from train import hf
-from train.checkpoint import read_position, whole_checkpoints
+from train.checkpoint import read_mark, whole_checkpoints
 from train.model.decoder import Decoder
 from train.outdir import RUN_NAME
 
@@ -80,7 +80,7 @@ class _Reader(dcp.FileSystemReader):
 def _find(path: Path) -> Path:
     if found := whole_checkpoints(path):
         return found[-1]
-    read_position(path)  # raises where it is no whole checkpoint either
+    read_mark(path)  # raises where it is no whole checkpoint either
     return path
 
 

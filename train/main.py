@@ -4,6 +4,7 @@
 parallelize → load → optimizer → resume → loop → export.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -26,7 +27,7 @@ from train import hf
 from train.attention.choose import choose_backend
 from train.attention.probe import check_isolation
 from train.balance import move_biases, take_load
-from train.checkpoint import Checkpointer, DataState, Position, check_data_state, read_position
+from train.checkpoint import Checkpointer, DataState, Position, changes, check_data_state, read_mark
 from train.config import Config
 from train.cut import choose_cut
 from train.data import PackedLoader, Schedule, open_shards
@@ -82,10 +83,12 @@ def train(config: Config) -> None:
 
     # Where this run begins: at 0, or at a checkpoint that fits.
     checkpoint = claim(config)
-    position = Position(0, 0, data_state)
+    position, recipe = Position(0, 0, data_state), dataclasses.asdict(config.optim) | {"steps": steps}
+    changed = ""
     if checkpoint is not None:
-        position = read_position(checkpoint)
+        position, before = read_mark(checkpoint)
         check_data_state(checkpoint, position.data, data_state)
+        changed = changes(before, recipe)
 
     # The model: built without memory, parallelized, and only then given memory and values, so that no rank ever
     # holds more than its part.
@@ -115,7 +118,9 @@ def train(config: Config) -> None:
     elif checkpoint is None:
         hf.load_weights(model, model_folder, config.model.load)
     optimizer = build_optimizer(model, config.optim)
-    checkpointer = Checkpointer(out, model, optimizer, config.run.keep, background=config.run.async_save)
+    checkpointer = Checkpointer(
+        out, model, optimizer, config.run.keep, recipe=recipe, background=config.run.async_save
+    )
     if checkpoint is not None:
         checkpointer.load(checkpoint)
 
@@ -132,6 +137,8 @@ def train(config: Config) -> None:
         f"{steps:,} steps of {config.data.batch_packs} packs"
         + (f"; resumed at step {position.step} from {checkpoint}" if checkpoint else "")
     )
+    if changed:
+        metrics.say(f"changed since that checkpoint, and in force from here on: {changed}")
     if isinstance(model, Pipeline):
         metrics.say(model.summary())
     if training.summary:

@@ -70,7 +70,7 @@ def _named_checkpoint(folder: Path) -> Path:
     if (found := whole_checkpoints(folder)) and not folder.name.startswith("step-"):
         return found[-1]
     if folder.is_dir():
-        return folder  # whether it is whole is read_position's to say
+        return folder  # whether it is whole is read_mark's to say
     raise ValueError(f"--resume {folder}: no such folder; say never, auto, or the path of a checkpoint")
 
 

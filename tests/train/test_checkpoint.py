@@ -16,7 +16,7 @@ from train.checkpoint import (
     DataState,
     Position,
     check_data_state,
-    read_position,
+    read_mark,
     step_folder,
     whole_checkpoints,
 )
@@ -105,7 +105,41 @@ def test_model_and_optimizer_are_bit_equal_on_another_mesh(saved_on_two, world, 
 def test_the_position_is_kept(saved_on_two):
     folder = whole_checkpoints(saved_on_two[0])[-1]
     assert folder == step_folder(saved_on_two[0], 7)
-    assert read_position(folder) == Position(7, 56, STATE)
+    assert read_mark(folder) == (Position(7, 56, STATE), {})
+
+
+def load_with_other_options(out):
+    model, optimizer = build(Layout(), seed=2)
+    for group in optimizer.param_groups:
+        group["betas"], group["weight_decay"], group["foreach"] = (0.5, 0.6), 0.3, None
+    Checkpointer(out, model, optimizer, keep=0).load(whole_checkpoints(out)[-1])
+    return [(group["betas"], group["weight_decay"], group["foreach"]) for group in optimizer.param_groups]
+
+
+def test_the_options_of_the_optimizer_are_those_of_the_run_that_goes_on(saved_on_two):
+    for groups in run_ranks(load_with_other_options, 2, saved_on_two[0]):
+        assert groups == 2 * [((0.5, 0.6), 0.3, None)]
+
+
+def save_before_a_step(out):
+    with torch.device("meta"):
+        model = Decoder(tiny())
+    model = parallelize(model, build_mesh(Layout(), torch.device("cpu")), Config())
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(0.5)
+    optimizer = build_optimizer(model, Optim())
+    Checkpointer(out, model, optimizer, keep=0).save(Position(2, 2, STATE, skipped=2))
+    steps = [state["step"].item() for state in optimizer.state.values()]
+    model, optimizer = build(Layout(), seed=2)
+    Checkpointer(out, model, optimizer, keep=0).load(whole_checkpoints(out)[-1])
+    return steps + [state["step"].item() for state in optimizer.state.values()]
+
+
+def test_a_checkpoint_of_a_run_that_skipped_every_step_counts_none(tmp_path):
+    for steps in run_ranks(save_before_a_step, 2, tmp_path):
+        assert set(steps) == {0.0}
+    assert read_mark(step_folder(tmp_path, 2))[0].skipped == 2
 
 
 def save_three(out, keep):
@@ -128,7 +162,7 @@ def test_a_checkpoint_without_its_mark_is_not_there_and_is_overwritten(saved_on_
     (step_folder(tmp_path, 7) / "__9_9.distcp").write_bytes(b"half")
     assert whole_checkpoints(tmp_path) == []
     with pytest.raises(ValueError, match="no complete checkpoint"):
-        read_position(step_folder(tmp_path, 7))
+        read_mark(step_folder(tmp_path, 7))
     run_ranks(save, 1, tmp_path, Layout())
     assert whole_checkpoints(tmp_path) == [step_folder(tmp_path, 7)]
     assert not (step_folder(tmp_path, 7) / "__9_9.distcp").exists()
@@ -173,4 +207,4 @@ def test_a_mark_that_cannot_be_read_is_refused(content, says, tmp_path):
         content = json.dumps(value).encode()
     (tmp_path / MARK).write_bytes(content)
     with pytest.raises(ValueError, match=says):
-        read_position(tmp_path)
+        read_mark(tmp_path)

@@ -117,6 +117,12 @@ def test_a_signal_to_any_rank_ends_with_a_checkpoint_and_the_way_on(number, layo
     assert layout or steps_of(tmp_path / "out") == steps_of(straight), "on the same mesh to the bit"
 
 
+def test_a_resume_says_which_flags_of_the_recipe_changed_and_obeys_them(flags, straight, finished):
+    shutil.rmtree(whole_checkpoints(finished)[-1])
+    (said,) = run_ranks(run, 1, flags(resume="auto", weight_decay=0.3, steps=5))
+    assert "changed since that checkpoint, and in force from here on: --weight-decay 0.01 → 0.3, --steps 6 → 5" in said
+
+
 def test_checkpoints_in_the_background_hold_the_same(flags, straight, tmp_path):
     run_ranks(run, 2, [*flags(save_every=1, keep=0), "--async-save"])
     found = whole_checkpoints(tmp_path / "out")
@@ -130,6 +136,7 @@ def test_a_half_written_checkpoint_is_ignored_for_the_last_whole_one(flags, stra
     (whole_checkpoints(finished)[-1] / MARK).unlink()
     said = run_ranks(run, 2, flags(resume="auto"))
     assert "resumed at step 3" in said[0]
+    assert "changed since" not in said[0]
     assert steps_of(finished) == steps_of(straight)
 
 
