@@ -1,7 +1,7 @@
 """Speed and memory of the trainer: on CPU against TRL's SFTTrainer on the same packs, on a GPU by itself.
 
     python tools/bench_train.py --model MODEL [--capacity 4096] [--processes 1] [--json bench_train.json]
-    python tools/bench_train.py --shapes qwen3-0.6b --device cuda [--json bench_train_gpu.json]
+    python tools/bench_train.py --shapes qwen3-0.6b --device cuda --capacity 16384 [--flags 'compile recompute=full']
 
 CPU: real chats of the demo are packed, one pack a process and step, and converted by `prep convert --to hf`; both
 trainers take the same packs, precision (float32), optimizer and threads, neither recomputes. Checked in the same run:
@@ -9,7 +9,8 @@ both losses are those of the documents one at a time, and not that of documents 
 target tokens over the median step. Compare ratios, never rates of another day.
 
 GPU: packs of random ids with chat-like lengths and random weights of the shapes, in bfloat16; tokens/s, MFU from the
-real lengths, peak memory.
+real lengths, peak memory. A graph is compiled for every power of two up to which a row's longest document reaches, so
+the median of many steps is one without compiling.
 """
 
 import argparse
@@ -38,9 +39,13 @@ from prep.encode.options import EncodeOptions  # noqa: E402
 from prep.encode.run import encode  # noqa: E402
 from prep.packing import pack  # noqa: E402
 from tools.demo_chats import write_chats  # noqa: E402
+from train.combinations import as_arguments  # noqa: E402
+from train.config import Model  # noqa: E402
+from train.precision import compute_dtype  # noqa: E402
 
 LEARNING_RATE = 1e-5
 CHATS_A_PACK = 400  # more than fit
+WARM_UP = 2  # steps without a rate: kernels are chosen, memory is taken, blocks compiled
 TOLERANCE = 1e-3  # of TRL's float32 cross-entropy; documents that see each other are ten times further off
 
 SHAPES = {
@@ -94,8 +99,8 @@ def torchrun(processes: int, script: str, arguments: list[str], log: Path) -> No
 def train_ours(folder: Path, name: str, processes: int, flags: dict[str, object]) -> list[dict]:
     """The metrics of a run, step by step."""
     out = folder / name
-    arguments = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-    torchrun(processes, "train/main.py", [*arguments, "--out", str(out), "--no-export"], folder / f"{name}.log")
+    arguments = [*as_arguments(flags), "--out", str(out), "--no-export", "--no-save-last"]
+    torchrun(processes, "train/main.py", arguments, folder / f"{name}.log")
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -106,8 +111,8 @@ def against_trl(options: argparse.Namespace) -> dict:
         packed, converted = pack_chats(folder, options.model, options.capacity, processes)
         packs = PackedDataset(packed)
         targets, documents = int(packs.index.target_tokens.sum()), int(packs.index.documents.sum())
-        flags = {"shards": packed, "model": options.model, "device": "cpu", "steps": steps, "epochs": steps}
-        flags |= {"batch-packs": processes, "lr": LEARNING_RATE, "min-lr-ratio": 1.0}
+        flags = {"shards": packed, "model": options.model, "device": "cpu", "dtype": "float32"}
+        flags |= {"steps": steps, "epochs": steps, "batch-packs": processes, "lr": LEARNING_RATE, "min-lr-ratio": 1.0}
         ours = train_ours(folder, "ours", processes, flags)
         arguments = [str(options.model), str(converted), str(steps), str(LEARNING_RATE), str(folder / "trl.json")]
         torchrun(processes, "tools/bench_train_trl.py", arguments, folder / "trl.log")
@@ -186,17 +191,17 @@ def by_itself(options: argparse.Namespace) -> dict:
         rows = random_rows(options.steps * batch, options.capacity, shapes["vocab"])
         packed = make_shards(folder / "packed", rows, capacity=options.capacity, vocab_size=shapes["vocab"])
         flags = {"shards": packed, "model": folder / "model", "device": options.device, "steps": options.steps}
-        flags |= {"batch-packs": batch, "lr": LEARNING_RATE, "init": "random", "dtype": options.dtype}
+        flags |= {"batch-packs": batch, "lr": LEARNING_RATE, "init": True, "dtype": options.dtype}
         for extra in options.flags.split():
-            name, _, value = extra.partition("=")
-            flags[name] = value
-        lines = train_ours(folder, "ours", options.processes, flags)[2:]
+            name, is_valued, value = extra.partition("=")
+            flags[name] = value if is_valued else True
+        lines = train_ours(folder, "ours", options.processes, flags)[WARM_UP:]
     middle = {key: statistics.median(line[key] for line in lines) for key in ("tokens_per_second_per_device",)}
     return {
         "shapes": options.shapes,
         "capacity": options.capacity,
         "processes": options.processes,
-        "dtype": options.dtype,
+        "dtype": str(compute_dtype(Model(dtype=options.dtype), options.device))[6:],
         "flags": options.flags,
         **middle,
         "flops_per_second_per_device": statistics.median(line["flops_per_second_per_device"] for line in lines),
@@ -212,15 +217,21 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="Hugging Face folder (CPU comparison)")
     parser.add_argument("--shapes", choices=sorted(SHAPES), help="random weights of these shapes, without a peer")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--flags", default="", help="more flags of train/main.py as name=value, blanks between")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="with --shapes")
+    parser.add_argument(
+        "--flags", default="", help="more flags of train/main.py, as 'compile recompute=full no-reshard' (--shapes)"
+    )
     parser.add_argument("--capacity", type=int, default=4096)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, help=f"default 3; with --shapes 12, the first {WARM_UP} not counted")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if (options.model is None) == (options.shapes is None):
         parser.error("give either --model (against TRL) or --shapes (by itself)")
+    options.steps = options.steps or (12 if options.shapes else 3)
+    least = (WARM_UP if options.shapes else 1) + 1
+    if options.steps < least:
+        parser.error(f"--steps must be at least {least}")
     result = against_trl(options) if options.model else by_itself(options)
     cuda = torch.cuda.get_device_name() if options.device == "cuda" else None
     result |= {"device": cuda or f"{os.cpu_count()} cores, {platform.machine()}", "torch": torch.__version__}

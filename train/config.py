@@ -150,6 +150,7 @@ class Run:
     eval_every: int = _flag(0, "evaluate every N steps as well as before and after; 0: never between")
     eval_packs: int = _flag(0, "packs of an evaluation, the first N; 0: all")
     save_every: int = _flag(0, "checkpoint every N steps; 0: only at the end or when told to stop")
+    save_last: bool = _flag(True, "checkpoint after the last step")
     async_save: bool = _flag(False, "write checkpoints in the background, beside the next steps")
     keep: int = _flag(2, "checkpoints kept, the newest N; 0: all")
     resume: str = _flag("never", "never, auto (the last whole checkpoint under --out) or the PATH of a checkpoint")

@@ -210,7 +210,8 @@ def train(config: Config) -> None:
         told_to_stop = bool(worst[2].item()) and step < steps
         if step == steps or (config.run.eval_every and step % config.run.eval_every == 0 and not told_to_stop):
             evaluation(step)
-        if step == steps or told_to_stop or (config.run.save_every and step % config.run.save_every == 0):
+        is_due = config.run.save_every > 0 and step % config.run.save_every == 0
+        if told_to_stop or is_due or (step == steps and config.run.save_last):
             saved = checkpointer.save(position)
             metrics.say(f"step {step}  checkpoint {saved}")
         if told_to_stop:
