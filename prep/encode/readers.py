@@ -6,13 +6,13 @@ position says where it stands; `locate` turns it into words for a message.
 
 import codecs
 import csv
-import json
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prep.encode import files
+from prep.encode.arrays import array_elements
 from prep.encode.sources import SourceSpec, Unit
 
 _BLOCK = 1 << 20
@@ -134,47 +134,9 @@ def _decode(data: bytes) -> str | bytes:
         return data
 
 
-def _json_array(unit: Unit) -> Iterator[tuple[int, object]]:
-    """The elements of one JSON array, parsed as the file streams by."""
-    decoder = json.JSONDecoder()
-    decode = codecs.getincrementaldecoder("utf-8-sig")()
+def _json_array(unit: Unit) -> Iterator[tuple[int, bytes]]:
     with files.open_decompressed(unit.path) as file:
-        text, at, number, ended = "", 0, 0, False
-        opened = False
-        while True:
-            at = _skip(text, at, " \t\r\n," if opened else " \t\r\n")
-            if at < len(text):
-                if not opened:
-                    opened, at = True, at + 1  # the bracket, seen when the format was chosen
-                    continue
-                if text[at] == "]":
-                    return
-                try:
-                    value, at = decoder.raw_decode(text, at)
-                    # A number or literal at the end of the text may go on in the next block.
-                    if at < len(text) or ended:
-                        yield number, value
-                        number += 1
-                        continue
-                except json.JSONDecodeError as error:
-                    if ended or len(text) - at > _MAX_RECORD:
-                        raise ValueError(
-                            f"{unit.path}: element {number + 1} is cut off or not JSON ({error})"
-                        ) from None
-            if ended:
-                raise ValueError(f"{unit.path}: the JSON array is cut off after element {number}")
-            block = file.read(max(_BLOCK, len(text) - at))
-            ended = not block
-            try:
-                text, at = text[at:] + decode.decode(block, final=ended), 0
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{unit.path}: not UTF-8 after element {number} ({error.reason})") from None
-
-
-def _skip(text: str, at: int, characters: str) -> int:
-    while at < len(text) and text[at] in characters:
-        at += 1
-    return at
+        yield from enumerate(array_elements(file, unit.path))
 
 
 def _csv(unit: Unit) -> Iterator[tuple[int, object]]:
