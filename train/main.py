@@ -118,9 +118,7 @@ def train(config: Config) -> None:
     elif checkpoint is None:
         hf.load_weights(model, model_folder, config.model.load)
     optimizer = build_optimizer(model, config.optim)
-    checkpointer = Checkpointer(
-        out, model, optimizer, config.run.keep, recipe=recipe, background=config.run.async_save
-    )
+    checkpointer = Checkpointer(out, model, optimizer, config.run.keep, recipe=recipe, background=config.run.async_save)
     if checkpoint is not None:
         checkpointer.load(checkpoint)
 
@@ -261,7 +259,9 @@ def evaluate_packs(
 
 
 class StopSignal:
-    """Notes the first SIGTERM, SIGUSR1 or SIGINT; the second of its kind acts as it always does."""
+    """Notes SIGTERM, SIGUSR1 and SIGINT, on which the run ends after its step. Repeats change nothing, for one stop may
+    arrive twice: Slurm signals every process of a job, and torchrun passes on what it got. Only a second SIGINT, from
+    somebody at the keyboard, ends the process at once."""
 
     def __init__(self):
         self.received = False
@@ -270,11 +270,12 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def resume_command() -> str:
-    """The command line of this run with `--resume auto`, as a person would type it."""
+    """The command line of this run with `--resume auto`, as a person would type it (on each of its nodes)."""
     before = [None, *sys.argv[1:]]
     arguments = [a for a, b in zip(sys.argv[1:], before, strict=False) if "--resume" not in (a, b)]
     arguments = [a for a in arguments if not a.startswith("--resume=")]
@@ -282,7 +283,10 @@ def resume_command() -> str:
     if "LOCAL_WORLD_SIZE" in os.environ:
         launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
         nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-        launcher += ["--nnodes", str(nodes)] * (nodes > 1)
+        if nodes > 1:
+            launcher += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", os.environ["MASTER_ADDR"]]
+        if (restarts := os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
+            launcher += ["--max-restarts", restarts]
     return shlex.join([*launcher, sys.argv[0], *arguments, "--resume", "auto"])
 
 

@@ -1,11 +1,12 @@
 """The folder of a run: whether it may be used, and from which checkpoint the run goes on.
 
-OUT/run.json        written first, marks the folder as a run's and records its flags
+OUT/run.json        written first, marks the folder as a run's, records its flags and who launched it
 OUT/metrics.jsonl   OUT/checkpoints/   OUT/hf/
 """
 
 import json
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -44,23 +45,24 @@ def _claim(config: Config) -> Path | None:
     occupied = out.is_dir() and any(out.iterdir())
     if occupied and not (out / RUN_NAME).is_file():
         raise ValueError(f"--out {out} holds something that is no run of this trainer; name another folder")
-    if resume == "never" and occupied and _restarted_by_torchrun(out):
-        resume = "auto"
+    own = whole_checkpoints(out)
+    restarted = occupied and _restarted_by_torchrun(out)
+    if restarted and (own or resume == "never"):
+        resume = "auto"  # wherever the run began, it goes on from what it has reached
     if resume == "never":
         if occupied:
             raise ValueError(f"--out {out} already holds a run; go on with it by --resume auto, or name another folder")
         checkpoint = None
     elif resume == "auto":
-        checkpoint = next(reversed(whole_checkpoints(out)), None)
+        checkpoint = own[-1] if own else None
     else:
         checkpoint = _named_checkpoint(Path(resume))
-        own = whole_checkpoints(out)
-        if occupied and (not own or checkpoint.resolve() != own[-1].resolve()):
+        if occupied and not restarted and (not own or checkpoint.resolve() != own[-1].resolve()):
             raise ValueError(
                 f"--out {out} already holds a run of which {checkpoint} is not the last checkpoint; name another folder"
             )
     out.mkdir(parents=True, exist_ok=True)
-    record = {"flags": flatten(config), "launcher": os.getppid(), "torch": torch.__version__, "version": 1}
+    record = {"flags": flatten(config), "launcher": _launcher(), "torch": torch.__version__, "version": 1}
     write_json(out / RUN_NAME, record)
     return checkpoint
 
@@ -74,11 +76,21 @@ def _named_checkpoint(folder: Path) -> Path:
     raise ValueError(f"--resume {folder}: no such folder; say never, auto, or the path of a checkpoint")
 
 
+def _launcher() -> dict[str, str | int]:
+    """Who started this process: the machine, the process there, and torchrun's name of the launch on all machines."""
+    return {"host": platform.node(), "pid": os.getppid(), "run_id": os.environ.get("TORCHELASTIC_RUN_ID", "none")}
+
+
 def _restarted_by_torchrun(out: Path) -> bool:
-    """Whether torchrun (`--max-restarts`) started this process again after the run in `out`, its own, had failed."""
+    """Whether torchrun (`--max-restarts`) started this process again after the run in `out`, its own, had failed.
+
+    Rank 0 may come back on another machine, where only the name of the launch (`--rdzv-id`) tells whose run it was.
+    """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return False
     try:
-        return json.loads((out / RUN_NAME).read_bytes())["launcher"] == os.getppid()
-    except (ValueError, KeyError):
+        before, now = json.loads((out / RUN_NAME).read_bytes())["launcher"], _launcher()
+        same_machine = before["host"] == now["host"]
+        return before["pid"] == now["pid"] if same_machine else before["run_id"] == now["run_id"] != "none"
+    except (ValueError, KeyError, TypeError):
         return False

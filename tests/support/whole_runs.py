@@ -43,12 +43,14 @@ def steps_of(out):
 
 
 def run(argv, act=None):
-    """A whole run on this rank; `act` = (rank, step, signal) sends itself a signal when the rank begins that step."""
+    """A whole run on this rank; `act` = (rank, step, signal) sends itself a signal, twice, when the rank begins that
+    step."""
     real, calls = train.main.train_step, itertools.count(1)
 
     def acting(*args, **options):
         if act is not None and dist.get_rank() == act[0] and next(calls) == act[1]:
-            os.kill(os.getpid(), act[2])
+            for _ in range(2):
+                os.kill(os.getpid(), act[2])
         return real(*args, **options)
 
     train.main.train_step = acting
@@ -121,7 +123,7 @@ def spoil(case, folder, flags):
     return flags(shards=shards, verify="full" if case == "damaged, looked at whole" else "pack")
 
 
-def torchrun(argv, ranks=2, script="train/main.py", options=()):
+def torchrun(argv, ranks=2, script="train/main.py", options=(), **process):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options, script, *argv]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, **process)
