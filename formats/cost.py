@@ -106,13 +106,44 @@ def _feed_forward(config: Mapping, layer: int) -> int:
 
 
 def _windows(config: Mapping, layers: int) -> tuple[int, ...]:
+    """The window of each layer, 0 where there is none: as `layer_types` lists them, or as files before transformers 5
+    say it, each family in its own way."""
     window = config.get("sliding_window") or 0
     kinds = config.get("layer_types")
     if kinds is not None:
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    if not window or config.get("use_sliding_window") is False:
-        return (0,) * layers
-    return (window,) * layers
+    slides = _SLIDES.get(config.get("model_type"), lambda config, layer: config.get("use_sliding_window", True))
+    return tuple(window if slides(config, layer) else 0 for layer in range(layers))
+
+
+def _alternates(config: Mapping, layer: int) -> bool:
+    return layer % 2 == 0
+
+
+def _gemma3(config: Mapping, layer: int) -> bool:
+    period = config.get("_sliding_window_pattern") or config.get("sliding_window_pattern") or 6
+    return (layer + 1) % period != 0
+
+
+def _late_layers(config: Mapping, layer: int) -> bool:
+    return bool(config.get("use_sliding_window")) and layer >= config.get("max_window_layers", 0)
+
+
+def _early_alternating_layers(config: Mapping, layer: int) -> bool:
+    return bool(config.get("use_sliding_window")) and layer % 2 == 0 and layer < config.get("max_window_layers", 28)
+
+
+_SLIDES = {
+    "gemma2": _alternates,
+    "gemma3_text": _gemma3,
+    "gpt_oss": _alternates,
+    "qwen2": _late_layers,
+    "qwen2_moe": _early_alternating_layers,
+    "qwen3": _late_layers,
+    "qwen3_moe": lambda config, layer: config.get("use_sliding_window", False),
+    "smollm3": _late_layers,
+}
+"""By `model_type`: whether a layer slides a window. Every layer of a type that is not here does."""
 
 
 def _field(config: Mapping, name: str) -> int:

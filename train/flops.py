@@ -6,11 +6,13 @@ Only real tokens count, padding does not; a window counts as a window, recomputa
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from formats.cost import TRAINING, Model
+from train import hf
 from train.data import StepFacts
 
 PEAK_TFLOPS = {
@@ -32,7 +34,10 @@ class StepFlops:
     """Counts the FLOPs of steps of the model whose `config.json` lies in `folder`."""
 
     def __init__(self, folder: Path):
-        self._model = Model.from_config(json.loads((Path(folder) / "config.json").read_bytes()))
+        shape = Model.from_config(json.loads((Path(folder) / "config.json").read_bytes()))
+        # The windows of the layers that are trained, not a second reading of them.
+        layers = hf.read_config(folder).layers
+        self._model = replace(shape, windows=tuple(layer.window or 0 for layer in layers))
         self.windows = tuple(sorted({window for window in self._model.windows if window}))
         """Window sizes whose query-key pairs the loader has to count, for no index states them."""
 

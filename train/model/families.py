@@ -87,6 +87,7 @@ def _gemma(keys: Keys, **differences: Any) -> ModelConfig:
 
 def _gemma2(keys: Keys) -> ModelConfig:
     window = keys.take("sliding_window")
+    keys.only("sliding_window_size", window)  # the same, under the name it had first
     slides = read_sliding(keys, lambda index: index % 2 == 0)
     layers = with_windows(
         keys, read_rope(keys, read_head_dim(keys)), tuple(window if sliding else None for sliding in slides)
@@ -97,7 +98,8 @@ def _gemma2(keys: Keys) -> ModelConfig:
 def _gemma3(keys: Keys) -> ModelConfig:
     """Windows and rotary embeddings alternate together; only the unwindowed layers have a scaled one."""
     window, head_dim = keys.take("sliding_window"), read_head_dim(keys)
-    period = keys.take("_sliding_window_pattern", None) or keys.take("sliding_window_pattern", None) or 6
+    patterns = [keys.take(key, None) for key in ("_sliding_window_pattern", "sliding_window_pattern")]
+    period = patterns[0] or patterns[1] or 6
     slides = read_sliding(keys, lambda index: (index + 1) % period != 0)
     far = read_rope(keys, head_dim, which="full_attention", default_theta=1e6)
     near = read_rope(keys, head_dim, which="sliding_attention", theta_key="rope_local_base_freq")
@@ -106,6 +108,9 @@ def _gemma3(keys: Keys) -> ModelConfig:
 
 
 def _phi3(keys: Keys) -> ModelConfig:
+    """Phi-4-mini names two features and uses neither: full attention in every n-th layer only, stretched positions."""
+    for key in ("full_attn_mod", "interpolate_factor"):
+        keys.only(key, 1)
     windows = (keys.take("sliding_window", None),) * keys.take("num_hidden_layers")
     return read_common(keys, layers=with_windows(keys, read_rope(keys, read_head_dim(keys)), windows))
 

@@ -57,6 +57,11 @@ class Keys:
             raise ValueError(f"config.json has no {key!r}, which a {self.family} model needs.")
         return self._config.get(key, default)
 
+    def only(self, key: str, value: Any) -> None:
+        """Take a key that may be absent or be `value`. Raises ValueError when it says anything else."""
+        if self.take(key, value) not in (value, None):
+            raise ValueError(f"{key} of config.json must be {value!r} in a {self.family} model.")
+
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
         """Our name of the activation that `key` names."""
         name = self.take(key, None) or default
