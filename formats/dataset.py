@@ -157,6 +157,10 @@ class PackedDataset:
             raise IndexError(f"pack {index} of {len(self)}")
         return self._pack_type(*self._shard(int(self.index.shard[index])).row(int(self.index.row[index])))
 
+    def place(self, index: int) -> tuple[int, int]:
+        """`Shard.place` of pack `index`; valid while the dataset is."""
+        return self._shard(int(self.index.shard[index])).place(int(self.index.row[index]))
+
     def check(self, index: int) -> None:
         """Compare pack `index` with its hash in the index; ValueError names shard and row when they differ."""
         if pack_digest(self[index]) != int(self.index.xxh3[index]):

@@ -48,11 +48,18 @@ class Cut:
         """What the length of a row must be a multiple of."""
         return math.lcm(self.multiple, self.size * self.sequence)
 
+    def held(self, tokens: int) -> tuple[int, int]:
+        """(first, stop) of a row of so many tokens: what must be filled of it for this rank's part."""
+        if self.kind != "contiguous":
+            return 0, tokens
+        held = contiguous_slice(tokens, self.size, self.rank)
+        return held.start, held.stop
+
     def buffers(self, row: dict[str, torch.Tensor], *, pinned: bool) -> dict[str, torch.Tensor]:
         """Tensors for this rank's part of a row that lies in the buffers `row`, to be completed by `fill`.
 
-        A contiguous part is a view of the row, so cutting it costs nothing; the row itself is filled whole on each
-        rank (every pack is read whole anyway to verify it), at the speed of memory.
+        A contiguous part is a view of the row, of which no more is read and filled (`held`). Chunks are taken from a
+        row that each rank fills whole, at the speed of memory.
         """
 
         def empty(length: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

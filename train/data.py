@@ -4,6 +4,7 @@ Reading is memory bound, so worker processes only cost: rows of 8192 ids from a 
 tokens/s through one thread and 6 to 38 million through DataLoader workers.
 """
 
+import itertools
 import queue
 import threading
 import time
@@ -28,9 +29,9 @@ from formats.order import (
 )
 from train.cut import WHOLE, Cut
 from train.lay import choose_lay
-from train.row import MicroBatch, Row
+from train.row import MicroBatch, Run
 
-RUN_TOKENS = 1 << 16
+RUN_TOKENS = 1 << 17
 """Rows change hands between the threads in runs of so many tokens: a switch costs as much as filling 8192 of them."""
 
 RUNS = 4
@@ -138,20 +139,17 @@ class PackedLoader:
         self.row_count = accumulation(schedule.batch_packs, schedule.micro_packs, dp_size)
         self.row_tokens = align_up(schedule.micro_packs * choose_lay(dataset, cut).capacity, cut.row_multiple)
         self._consumed = consumed
-        self._step_tokens = 0
         self._order = (-1, np.empty(0, np.int64))
         self.stall_seconds = 0.0
         self.pairs = dict.fromkeys(windows, 0)
 
         run_length = max(1, RUN_TOKENS // self.row_tokens)
-        self._free: queue.SimpleQueue[list[Row] | None] = queue.SimpleQueue()  # the buffers bound both queues
+        pinned = device.type == "cuda"
+        self._free: queue.SimpleQueue[Run | None] = queue.SimpleQueue()  # the buffers bound both queues
         for _ in range(RUNS):
-            pinned = device.type == "cuda"
-            self._free.put(
-                [Row(dataset, schedule.micro_packs, cut, pinned=pinned, windows=windows) for _ in range(run_length)]
-            )
-        self._ready: queue.SimpleQueue[list[Row] | BaseException] = queue.SimpleQueue()
-        self._in_use: list[Row] = []
+            self._free.put(Run(dataset, run_length, schedule.micro_packs, cut, pinned=pinned, windows=windows))
+        self._ready: queue.SimpleQueue[Run | BaseException] = queue.SimpleQueue()
+        self._in_use: Run | None = None
         self._next_in_use = 0
         self._closed = False
         self._thread = threading.Thread(target=self._prefetch, args=(consumed,), name="prefetch", daemon=True)
@@ -162,14 +160,13 @@ class PackedLoader:
         epoch, start, stop = step_span(self._consumed, self._schedule.num_packs, self._schedule.batch_packs)
         packs, index = self._epoch_order(epoch)[start:stop], self._dataset.index
         self._consumed += stop - start
-        self._step_tokens = int(index.tokens[packs].sum(dtype=np.int64))
         self.stall_seconds = 0.0
         self.pairs = dict.fromkeys(self.pairs, 0)
         return StepFacts(
             epoch=epoch,
             consumed=self._consumed,
             packs=stop - start,
-            tokens=self._step_tokens,
+            tokens=int(index.tokens[packs].sum(dtype=np.int64)),
             target_tokens=int(index.target_tokens[packs].sum(dtype=np.int64)),
             positions=self.row_count * self._dp_size * self.row_tokens,
             sum_sq=int(index.sum_sq[packs].sum()),
@@ -181,13 +178,13 @@ class PackedLoader:
         Raises: ValueError when a pack is damaged.
         """
         for _ in range(self.row_count):
-            if self._next_in_use == len(self._in_use):
+            if self._in_use is None or self._next_in_use == self._in_use.filled:
                 self._take_run()
-            row = self._in_use[self._next_in_use]
+            row = self._in_use.rows[self._next_in_use]
             self._next_in_use += 1
             for window, pairs in row.pairs.items():
                 self.pairs[window] += pairs
-            yield row.to(self._device, self._step_tokens)
+            yield row.to(self._device)
 
     def _take_run(self) -> None:
         """Give the used run back and wait for the next."""
@@ -196,7 +193,7 @@ class PackedLoader:
         self.stall_seconds += time.perf_counter() - began
         if isinstance(run, BaseException):
             raise run
-        if self._in_use:
+        if self._in_use is not None:
             self._free.put(self._in_use)
         self._in_use, self._next_in_use = run, 0
 
@@ -214,25 +211,26 @@ class PackedLoader:
             self._order = (epoch, order)
         return order
 
-    def _row_packs(self, consumed: int) -> Iterator[np.ndarray]:
-        """Pack ids of this rank's rows from `consumed` packs on, without end."""
-        schedule = self._schedule
+    def _rows_to_come(self, consumed: int) -> Iterator[tuple[list[int], int]]:
+        """This rank's rows from `consumed` packs on, without end: the ids of their packs, and their step's tokens."""
+        schedule, index = self._schedule, self._dataset.index
         while True:
             epoch, start, stop = step_span(consumed, schedule.num_packs, schedule.batch_packs)
-            yield from schedule.rank_packs(start, stop, self._epoch_order(epoch), self._dp_rank, self._dp_size)
+            order = self._epoch_order(epoch)
+            tokens = int(index.tokens[order[start:stop]].sum(dtype=np.int64))
+            for packs in schedule.rank_packs(start, stop, order, self._dp_rank, self._dp_size).tolist():
+                yield packs, tokens
             consumed += stop - start
 
     def _prefetch(self, consumed: int) -> None:
-        filled: list[Row] = []
+        run = None
         try:
-            row_packs = self._row_packs(consumed)
+            rows = self._rows_to_come(consumed)
             while (run := self._free.get()) is not None and not self._closed:
-                filled = []
-                for row in run:
-                    row.fill(next(row_packs), self._verify)
-                    filled.append(row)
+                run.filled = 0
+                run.fill(*zip(*itertools.islice(rows, len(run.rows)), strict=True), self._verify)
                 self._ready.put(run)
         except BaseException as error:  # handed to the thread that trains, after the rows before it
-            if filled:
-                self._ready.put(filled)
+            if run is not None and run.filled:
+                self._ready.put(run)
             self._ready.put(error)

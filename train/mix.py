@@ -36,6 +36,11 @@ class Mixture:
         dataset, own = self._find(index)
         return dataset[own]
 
+    def place(self, index: int) -> tuple[int, int]:
+        """`Shard.place` of pack `index`."""
+        dataset, own = self._find(index)
+        return dataset.place(own)
+
     def check(self, index: int) -> None:
         """Raise a ValueError that names shard and row when pack `index` is not what its folder's index says."""
         dataset, own = self._find(index)

@@ -19,13 +19,14 @@ class Packs:
     """The packs of a whole row, also where a rank holds a part of it.
 
     `seq_lens` int32[S]: how many tokens of each of the row's segments are real, the first ones; 0 in padding. Pack k of
-    `count` begins at token k · `tokens` of the row. `step_tokens` are the real tokens of the step over all ranks.
+    `count` begins at token k · `tokens` of the row. `step_tokens` int64[1] are the real tokens of the step over all
+    ranks.
     """
 
     seq_lens: Tensor
     count: int
     tokens: int
-    step_tokens: int
+    step_tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,5 +67,4 @@ def token_packs(segments: "Segments", position_ids_T: Tensor) -> TokenPacks:
     is_real = position_ids_T < packs.seq_lens[segment_T]
     tokens_P = torch.zeros(packs.count, dtype=torch.int64, device=device)
     tokens_P.index_add_(0, pack_S, packs.seq_lens.long())
-    step_tokens = torch.tensor(packs.step_tokens, device=device)
-    return TokenPacks(torch.where(is_real, pack_S[segment_T], packs.count), tokens_P, step_tokens)
+    return TokenPacks(torch.where(is_real, pack_S[segment_T], packs.count), tokens_P, packs.step_tokens[0])

@@ -1,25 +1,19 @@
-"""One row of packs in owned buffers: copied from the maps and completed in a single pass.
-
-Every token is read once and written with its label and position, 17 bytes of traffic for 5 that are stored, so the pass
-runs at the speed of memory. numpy needs nine passes for the same (labels through a mask, positions through repeat and
-subtract) and is six times slower; numba also leaves the interpreter free for the thread that trains.
-"""
+"""Rows of packs in owned buffers, filled from the maps in runs: what changes hands between prefetching and training."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from formats.cost import causal_pairs
 from formats.dataset import PackedDataset
-from formats.layout import align_up
+from formats.layout import align_up, check_thd
 from formats.order import EMPTY
 from formats.schema import IGNORE_INDEX
-from formats.shard import pack_digest
 from train.attention.interface import Part, Segments
-from train.cut import Cut
+from train.cut import PER_TOKEN, Cut
+from train.fill import RowPlan, fill_rows
 from train.lay import choose_lay, least_tokens
 from train.packs import Packs
 
@@ -29,8 +23,8 @@ TAIL_SEGMENT = 128
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One row of `micro_packs` packs, T = micro_packs · capacity: `input_ids`, `position_ids` int32[T], `labels`
-    int64[T] (already shifted, −100 where not a target), and the segments that attention must keep apart.
+    """One row of `micro_packs` packs, T = micro_packs · capacity: `input_ids`, `position_ids` and `labels` int32[T]
+    (labels already shifted, −100 where not a target), and the segments that attention must keep apart.
 
     Pack k of the row stands at k · capacity: its slots (re-laid where the cut needs it, see `train.lay`, which then
     makes the capacity larger), then its tail padding in segments of its own. T is rounded up to what can be cut, and a
@@ -56,188 +50,140 @@ def _cloned(value: Any) -> Any:
     return value
 
 
-@numba.njit(nogil=True, cache=True)
-def _fill_pack(
-    ids, mask, slots, first, capacity, pad_id, longest_tail, out_ids, out_labels, out_positions, cu_seqlens, segments
-):
-    """Write one pack at `first` of a row that has `segments` segments so far; returns their new number.
-
-    The formulas are those of `formats.layout` (shift_labels, position_ids, tail_segments), fused. A label looks one
-    token ahead and may do so across slots: the first token of a document is never a target.
-    """
-    # Slices taken first: their indices cannot be negative, which lets the loops become vector instructions.
-    used = len(ids)
-    row_ids, row_labels = out_ids[first : first + capacity], out_labels[first : first + capacity]
-    row_positions = out_positions[first : first + capacity]
-    row_ids[:used] = ids
-    row_ids[used:] = pad_id
-    if used > 0:
-        next_ids, next_mask, labels = ids[1:], mask[1:], row_labels[: used - 1]
-        for t in range(used - 1):
-            labels[t] = next_ids[t] if next_mask[t] else IGNORE_INDEX
-    row_labels[max(used - 1, 0) :] = IGNORE_INDEX
-    start = 0
-    for slot in slots:
-        positions = row_positions[start : start + slot]
-        for t in range(slot):
-            positions[t] = t
-        start += slot
-        segments += 1
-        cu_seqlens[segments] = first + start
-    return _fill_tail(start, first, capacity, longest_tail, row_positions, cu_seqlens, segments)
+_NOWHERE = 0, 0
 
 
-@numba.njit(nogil=True, cache=True)
-def _fill_pack_relaid(
-    ids,
-    mask,
-    lens,
-    slots,
-    align,
-    first,
-    capacity,
-    pad_id,
-    longest_tail,
-    out_ids,
-    out_labels,
-    out_positions,
-    cu_seqlens,
-    segments,
-):
-    """`_fill_pack`, with every document of `lens` real tokens moved from its slot into one of a multiple of `align`."""
-    row_ids, row_labels = out_ids[first : first + capacity], out_labels[first : first + capacity]
-    row_positions = out_positions[first : first + capacity]
-    source = start = 0
-    for length, slot in zip(lens, slots):  # noqa: B905 (numba knows no strict)
-        room = (length + align - 1) // align * align
-        row_ids[start : start + length] = ids[source : source + length]
-        row_ids[start + length : start + room] = pad_id
-        labels, next_ids = row_labels[start : start + room], ids[source + 1 : source + length]
-        next_mask, positions = mask[source + 1 : source + length], row_positions[start : start + room]
-        for t in range(length - 1):
-            labels[t] = next_ids[t] if next_mask[t] else IGNORE_INDEX
-        labels[length - 1 :] = IGNORE_INDEX
-        for t in range(room):
-            positions[t] = t
-        source += slot
-        start += room
-        segments += 1
-        cu_seqlens[segments] = first + start
-    row_ids[start:] = pad_id
-    row_labels[start:] = IGNORE_INDEX
-    return _fill_tail(start, first, capacity, longest_tail, row_positions, cu_seqlens, segments)
+class Run:
+    """Owned buffers of several rows, filled again and again by one call of compiled code; pinned when they feed a GPU.
 
-
-@numba.njit(nogil=True, cache=True)
-def _fill_tail(start, first, capacity, longest_tail, row_positions, cu_seqlens, segments):
-    """Positions and segments of the padding from `start` of a pack on; returns the number of segments."""
-    while start < capacity:
-        tail = min(longest_tail, capacity - start)
-        positions = row_positions[start : start + tail]
-        for t in range(tail):
-            positions[t] = t
-        start += tail
-        segments += 1
-        cu_seqlens[segments] = first + start
-    return segments
-
-
-_NO_IDS, _NO_MASK = np.empty(0, np.int32), np.empty(0, np.uint8)
-for _array in (_NO_IDS, _NO_MASK):
-    _array.flags.writeable = False  # as the views of a pack are: the kernel is compiled for them
-
-
-class Row:
-    """Owned buffers of one row, filled again and again; pinned when they feed a GPU.
-
-    `pairs` are the query-key pairs of the row's documents within each of `windows`.
+    `rows` are all of them, `filled` is how many of them the last `fill` completed, the first ones.
     """
 
     def __init__(
-        self, dataset: PackedDataset, micro_packs: int, cut: Cut, *, pinned: bool, windows: tuple[int, ...] = ()
+        self,
+        dataset: PackedDataset,
+        row_count: int,
+        micro_packs: int,
+        cut: Cut,
+        *,
+        pinned: bool,
+        windows: tuple[int, ...] = (),
     ):
-        self.pairs = dict.fromkeys(windows, 0)
-        manifest, index = dataset.manifest, dataset.index
-        self._lay = choose_lay(dataset, cut)
-        capacity, align = self._lay.capacity, self._lay.align
-        self._dataset, self._capacity, self._pad_id = dataset, capacity, manifest.pad_id
-        self._digests, self._longest = index.xxh3, index.max_seqlen
-        self._cut, self._host_facts = cut, {}
+        manifest, index, lay = dataset.manifest, dataset.index, choose_lay(dataset, cut)
+        capacity = lay.capacity
         tokens = align_up(micro_packs * capacity, cut.row_multiple)
-        self._longest_tail = max(1, TAIL_SEGMENT // cut.multiple) * cut.multiple  # padding is cut as documents are
+        longest_tail = max(1, TAIL_SEGMENT // cut.multiple) * cut.multiple  # padding is cut as documents are
         # A static number of segments, so that shapes never change: the most of any pack, for every pack of the row.
-        tail = capacity - least_tokens(index, align)
-        most = int((index.documents + -(-tail // self._longest_tail)).max())
-        most = max(most, -(-capacity // self._longest_tail))
-        self._most_segments = micro_packs * most + 1  # the last for the tokens that rounding adds
-        row = {
-            "input_ids": torch.empty(tokens, dtype=torch.int32, pin_memory=pinned),
-            "labels": torch.empty(tokens, dtype=torch.int64, pin_memory=pinned),
-            "position_ids": torch.empty(tokens, dtype=torch.int32, pin_memory=pinned),
-            "cu_seqlens": torch.empty(self._most_segments + 1, dtype=torch.int32, pin_memory=pinned),
+        tail = capacity - least_tokens(index, lay.align)
+        most = int((index.documents + -(-tail // longest_tail)).max())
+        most = max(most, -(-capacity // longest_tail))
+        segments = micro_packs * most + 1  # the last for the tokens that rounding adds
+        lengths = {name: tokens for name in PER_TOKEN} | {"cu_seqlens": segments + 1, "seq_lens": segments}
+        rows = {
+            name: torch.empty((row_count, length), dtype=torch.int32, pin_memory=pinned)
+            for name, length in lengths.items()
         }
+        rows["step_tokens"] = torch.empty((row_count, 1), dtype=torch.int64, pin_memory=pinned)
         rest = tokens - micro_packs * capacity
-        self._shortest_max = max(TAIL_SEGMENT, rest)
-        row["input_ids"][tokens - rest :] = manifest.pad_id
-        row["labels"][tokens - rest :] = IGNORE_INDEX
-        row["position_ids"][tokens - rest :] = torch.arange(rest)
-        self._arrays = {name: tensor.numpy() for name, tensor in row.items()}
-        self._host = row if cut.size == 1 else cut.buffers(row, pinned=pinned)
-        self._host = self._host | {"seq_lens": torch.empty(self._most_segments, dtype=torch.int32, pin_memory=pinned)}
-        self._micro_packs = micro_packs
-        self._part = {name: tensor.numpy() for name, tensor in self._host.items()}
-        self._max_seqlen = 0
-        self._copied: torch.cuda.Event | None = None
+        rows["input_ids"][:, tokens - rest :] = manifest.pad_id
+        rows["labels"][:, tokens - rest :] = IGNORE_INDEX
+        rows["position_ids"][:, tokens - rest :] = torch.arange(rest)
+        self._plan = RowPlan(
+            *(capacity, lay.align, lay.relaid, *cut.held(tokens)),
+            *(longest_tail, manifest.pad_id, max(TAIL_SEGMENT, rest)),
+        )
+        self._dataset, self._windows = dataset, windows
+        self._copied = torch.cuda.Event() if pinned else None
+        self._targets = [rows[name].numpy() for name in lengths]
+        self._step_tokens, self._max_seqlens = rows["step_tokens"].numpy(), np.empty(row_count, np.int64)
+        self.rows = [
+            Row({name: tensor[r] for name, tensor in rows.items()}, micro_packs, capacity, cut, self._copied)
+            for r in range(row_count)
+        ]
+        self.filled = 0
 
-    def fill(self, packs: np.ndarray, verify: bool) -> None:
-        """Copy `packs` (ids, `EMPTY` for none) into the row and derive labels, positions and segments.
+    def fill(self, packs: list[list[int]], step_tokens: list[int], verify: bool) -> None:
+        """Copy `packs` (ids for every row, `EMPTY` for none) from the maps, and derive labels, positions and segments.
+        `step_tokens` are the real tokens of the steps that the rows are of.
 
-        Raises: ValueError when a pack's hash is not the one in the index.
+        Raises: ValueError when a pack's hash is not the one in the index, or when it is no pack. The rows before it are
+        filled.
         """
         if self._copied is not None:
             self._copied.synchronize()
-        arrays, capacity = self._arrays, self._capacity
-        cu_seqlens = arrays["cu_seqlens"]
-        targets = (arrays["input_ids"], arrays["labels"], arrays["position_ids"], cu_seqlens)
-        constants = self._pad_id, self._longest_tail
-        cu_seqlens[0] = 0
-        segments, longest = 0, self._shortest_max
-        seq_lens = self._part["seq_lens"]
-        seq_lens[:] = 0  # in padding
-        self.pairs = dict.fromkeys(self.pairs, 0)
-        for k, number in enumerate(packs.tolist()):
-            ids, mask, lens, slots = _NO_IDS, _NO_MASK, _NO_IDS, _NO_IDS
-            if number != EMPTY:
-                pack = self._dataset[number]
-                if verify and pack_digest(pack) != self._digests[number]:
-                    self._dataset.check(number)  # raises, naming shard and row
-                ids, mask, lens, slots = pack.input_ids, pack.loss_mask, pack.seq_lens, pack.seq_lens_padded
-                longest = max(longest, int(self._longest[number]))
-                seq_lens[segments : segments + len(pack.seq_lens)] = pack.seq_lens
-                for window in self.pairs:
-                    self.pairs[window] += int(causal_pairs(pack.seq_lens, window).sum())
-            where = k * capacity, capacity
-            if self._lay.relaid:
-                docs = lens, slots, self._lay.align
-                segments = _fill_pack_relaid(ids, mask, *docs, *where, *constants, *targets, segments)
-            else:
-                segments = _fill_pack(ids, mask, slots, *where, *constants, *targets, segments)
-        tokens = len(arrays["input_ids"])
-        cu_seqlens[segments + 1 :] = tokens
-        aligned = int(align_up(np.int64(longest), self._lay.align))
-        self._max_seqlen = min(tokens, 1 << (aligned - 1).bit_length())
-        if self._cut.size > 1:
-            self._host_facts = self._cut.fill(arrays, self._part)
+        self.filled = 0
+        self._step_tokens[:, 0] = step_tokens
+        dataset, places = self._dataset, []
+        try:
+            for row in packs:
+                if verify:
+                    for number in row:
+                        if number != EMPTY:
+                            dataset.check(number)
+                places.append([_NOWHERE if number == EMPTY else dataset.place(number) for number in row])
+        finally:
+            if places:
+                self._fill(packs, np.array(places))
 
-    def to(self, device: torch.device, step_tokens: int) -> MicroBatch:
-        """The row on `device`: the buffers themselves on CPU, copies in flight on CUDA. `step_tokens` are the real
-        tokens of the step that it is a row of."""
-        tensors = self._host
-        if device.type == "cuda":
-            tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self._host.items()}
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        packs = Packs(tensors["seq_lens"], self._micro_packs, self._capacity, step_tokens)
+    def _fill(self, packs: list[list[int]], places: np.ndarray) -> None:
+        wrong = fill_rows(places, self._plan, *self._targets, self._max_seqlens)
+        self.filled = len(places) if wrong < 0 else wrong // len(packs[0])
+        for row, max_seqlen in zip(self.rows[: self.filled], self._max_seqlens.tolist(), strict=False):
+            row.complete(max_seqlen, self._windows)
+        if wrong >= 0:
+            self._raise(packs[self.filled][wrong % len(packs[0])])
+
+    def _raise(self, number: int) -> None:
+        """Say what is wrong with a pack that could not be read."""
+        self._dataset.check(number)
+        manifest = self._dataset.manifest
+        check_thd(*self._dataset[number][:4], capacity=manifest.capacity, align=manifest.align)
+        raise ValueError(f"pack {number}: its documents are not those that packs.arrow counts; pack again")
+
+
+class Row:
+    """One row of a run in views of its `buffers`. `pairs` are the query-key pairs of its documents within each of a
+    model's windows."""
+
+    def __init__(
+        self,
+        buffers: dict[str, torch.Tensor],
+        micro_packs: int,
+        capacity: int,
+        cut: Cut,
+        copied: torch.cuda.Event | None,
+    ):
+        self._micro_packs, self._capacity, self._cut, self._copied = micro_packs, capacity, cut, copied
+        self.buffers = buffers
+        self._host = buffers if cut.size == 1 else buffers | cut.buffers(buffers, pinned=copied is not None)
+        self._row = {name: tensor.numpy() for name, tensor in buffers.items()}
+        self._part = {name: tensor.numpy() for name, tensor in self._host.items()}
+        self._host_facts: dict[str, Any] = {}
+        self._max_seqlen = 0
+        self._on_host: MicroBatch | None = None
+        self.pairs: dict[int, int] = {}
+
+    def complete(self, max_seqlen: int, windows: tuple[int, ...]) -> None:
+        """What follows from the filled buffers: this rank's part, and the pairs within `windows`."""
+        if windows:
+            self.pairs = {window: int(causal_pairs(self._row["seq_lens"], window).sum()) for window in windows}
+        if self._cut.size > 1:
+            self._host_facts = self._cut.fill(self._row, self._part)
+        elif max_seqlen == self._max_seqlen:
+            return  # the tensors over the buffers are what they were
+        self._max_seqlen = max_seqlen
+        self._on_host = self._micro_batch(self._host)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The row on `device`: the buffers themselves on CPU, copies in flight on CUDA."""
+        if self._copied is None:
+            return self._on_host
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self._host.items()}
+        self._copied.record()  # again for each row: the last record stands behind the copies of all
+        return self._micro_batch(tensors)
+
+    def _micro_batch(self, tensors: dict[str, torch.Tensor]) -> MicroBatch:
+        packs = Packs(tensors["seq_lens"], self._micro_packs, self._capacity, tensors["step_tokens"])
         segments = Segments(tensors["cu_seqlens"], self._max_seqlen, packs=packs)
         if self._cut.size > 1:
             keys = {name: tensors.get(name) for name in ("cu_seqlens_k", "key_rows")}

@@ -12,8 +12,9 @@ from formats.dataset import PackedDataset
 from formats.order import EMPTY
 from make_shards import make_shards, random_packs
 from prep.cli import main as prep
+from train.cut import Cut
 from train.data import PackedLoader, Schedule, open_shards
-from train.row import TAIL_SEGMENT
+from train.row import TAIL_SEGMENT, Run
 
 CPU = torch.device("cpu")
 
@@ -150,6 +151,78 @@ def test_a_damaged_pack_stops_before_it_is_trained(tmp_path):
     trusting.next_step()
     assert len(list(trusting.rows())) == 4
     trusting.close()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        (3, [30, 31], "slots sum to 61, but there are 60 ids"),
+        (2, [30, 31], "slot 1: 31 tokens in a slot of 30"),
+        (1, [0] * 59, "there are 60 ids and 59 mask values"),
+        (0, [1] * 90, "slots sum to 60, but there are 90 ids"),
+    ],
+)
+@pytest.mark.parametrize("cut", [Cut(), Cut(2, 0, "mixed")], ids=["as it lies", "re-laid"])
+def test_what_is_no_pack_is_refused_though_its_hash_is_right(tmp_path, column, value, says, cut):
+    """The compiled loops follow lengths and slots: they must not leave the pack, or the buffers."""
+    lens = np.array([30, 30], np.int32)
+    good = np.ones(60, np.int32), np.zeros(60, np.uint8), lens, lens, np.arange(2), np.zeros(2, np.int32)
+    bad = [*good[:column], np.array(value, good[column].dtype), *good[column + 1 :]]
+    folder = make_shards(tmp_path / "s", [good, good, bad, good], capacity=80, order="input")
+    schedule = Schedule(4, "input", 0, 0, 4, 1)
+    loader = PackedLoader(open_shards(folder), schedule, dp_rank=0, dp_size=1, device=CPU, cut=cut)
+    loader.next_step()
+    rows = loader.rows()
+    assert [next(rows).input_ids.sum() > 0 for _ in range(2)] == [True, True], "the two before it"
+    with pytest.raises(ValueError, match=says):
+        next(rows)
+    loader.close()
+
+
+def test_more_documents_than_the_index_counts_are_refused(tmp_path):
+    ones = np.ones(40, np.int32)
+    pack = ones, np.zeros(40, np.uint8), ones, ones, np.arange(40), np.zeros(40, np.int32)
+    folder = make_shards(tmp_path / "s", [pack], capacity=40)
+    dataset = open_shards(folder)
+    dataset.index.documents = np.array([3], np.int32)
+    loader = PackedLoader(dataset, Schedule(1, "input", 0, 0, 1, 1), dp_rank=0, dp_size=1, device=CPU)
+    loader.next_step()
+    with pytest.raises(ValueError, match=r"pack 0: its documents are not those that packs\.arrow counts"):
+        list(loader.rows())
+    loader.close()
+
+
+def test_unverified_offsets_that_leave_the_file_are_refused(tmp_path):
+    rows = random_packs(np.random.default_rng(1), 2, 300, 1, 50)
+    folder = make_shards(tmp_path / "s", rows, capacity=300, order="input")
+    shard = folder / "shards" / "00000.arrow"
+    data = bytearray(shard.read_bytes())
+    lengths = [len(row[0]) for row in rows]
+    at = data.find(np.array([0, lengths[0], sum(lengths)], np.int32).tobytes())
+    data[at + 4 : at + 8] = np.int32(1 << 30).tobytes()
+    shard.write_bytes(bytes(data))
+    plan = Schedule(2, "input", 0, 0, 2, 1)
+    loader = PackedLoader(open_shards(folder), plan, dp_rank=0, dp_size=1, device=CPU, verify=False)
+    loader.next_step()
+    with pytest.raises(ValueError, match=r"00000.arrow: row 0 \(pack 0\) is damaged"):
+        list(loader.rows())
+    loader.close()
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_of_a_contiguous_part_no_other_token_is_read_or_written(shards, rank):
+    dataset = open_shards(shards)
+    run = Run(dataset, 2, 2, Cut(3, rank), pinned=False)
+    for row in run.rows:
+        for name in ("input_ids", "labels", "position_ids"):
+            row.buffers[name].fill_(-7)
+    run.fill([[3, 1], [EMPTY, 2]], [5, 5], verify=True)
+    tokens = len(run.rows[0].buffers["input_ids"])
+    mine = torch.arange(tokens) // (tokens // 3) == rank
+    mine[800:] = False  # what rounding adds is filled once and for all
+    for row in run.rows:
+        for name in ("input_ids", "labels", "position_ids"):
+            assert torch.equal(row.buffers[name] != -7, mine), name
 
 
 def test_compressed_shards_are_refused_until_they_are_decompressed(tmp_path):

@@ -144,7 +144,7 @@ def packs_of(row, segments, capacity, step_tokens):
         lengths = [len(d) for d, _ in documents]
         real += lengths + [0] * (sum(-(-n // 4) * 4 for n in lengths) < capacity)
     assert len(real) == len(segments.cu_seqlens) - 1
-    return Packs(torch.tensor(real, dtype=torch.int32), len(row), capacity, step_tokens)
+    return Packs(torch.tensor(real, dtype=torch.int32), len(row), capacity, torch.tensor([step_tokens]))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
@@ -164,7 +164,7 @@ def test_padding_moves_nothing(family, mixtral_dir, deepseek_dir):
         real = torch.tensor([13, 30, 7] + [0] * (tail > 0), dtype=torch.int32)
         slot = torch.repeat_interleave(torch.arange(len(real)), segments.cu_seqlens.diff().long())
         ids[positions >= real[slot]] = pad_id
-        segments = replace(segments, packs=Packs(real, 1, len(ids), 50))
+        segments = replace(segments, packs=Packs(real, 1, len(ids), torch.tensor([50])))
         model.zero_grad()
         for router in routers(model).values():
             router.aux_coefficient, router.z_coefficient = 0.5, 0.1
