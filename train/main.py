@@ -45,7 +45,7 @@ from train.parallel.apply import parallelize
 from train.parallel.pipeline import Pipeline
 from train.precision import compute_dtype
 from train.profiling import StepProfiler
-from train.step import DP_AXES, evaluate, sum_over, train_step
+from train.step import evaluate, sum_over, train_step
 from train.trackers import open_trackers
 
 
@@ -180,7 +180,7 @@ def train(config: Config) -> None:
         worst = torch.tensor([loader.stall_seconds, memory_bytes(device), stop.received], dtype=torch.float64)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         windowed = torch.tensor(list(loader.pairs.values()), dtype=torch.float64)
-        windowed = sum_over(mesh, windowed, DP_AXES).tolist() if flops.windows else []
+        windowed = sum_over(windowed, mesh.dp).tolist() if flops.windows else []
         seconds = time.perf_counter() - began
         done = flops.of(facts, dict(zip(flops.windows, windowed, strict=True))) / seconds / dist.get_world_size()
         metrics.step(
@@ -227,7 +227,7 @@ def train(config: Config) -> None:
 def parameter_count(model: Decoder | Pipeline, mesh: Mesh) -> int:
     """Parameters of the whole model, those of every pipeline stage added up."""
     count = torch.tensor(sum(p.numel() for p in model.parameters()))
-    return int(sum_over(mesh, count, ("pp",)))
+    return int(sum_over(count, mesh.pp))
 
 
 def evaluate_packs(

@@ -45,19 +45,32 @@ def axis_sizes(layout: Layout, world_size: int) -> tuple[int, int, int, int, int
 
 @dataclass(frozen=True)
 class Mesh:
-    """The 5-D mesh and the views that the trainer uses.
+    """The 5-D mesh and the views of it that the trainer uses.
 
-    `fsdp` is what `fully_shard` takes: 1-D (dp_shard × cp), or 2-D (dp_replicate, dp_shard × cp) for HSDP.
+    `dp` (dp_replicate × dp_shard) are the ranks that train different packs; cp and tp ranks share theirs. `dp_cp`
+    (dp_replicate × dp_shard × cp) are those that hold different tokens, over which the loss is summed.
+    `fsdp` is what `fully_shard` takes: `dp_shard_cp` (dp_shard × cp), or 2-D (dp_replicate, dp_shard_cp) for HSDP.
     `experts` is the sibling mesh (pp, dp_replicate, ep_shard, ep) over the same ranks, where --ep or --tp asks for it:
     an expert's data ranks are those of dp_shard × cp × tp, in ep_shard groups of ep neighbours.
-    `dp_rank` of `dp_size` says which packs are this rank's: cp and tp ranks share theirs.
     """
 
     root: DeviceMesh
+    dp: DeviceMesh
+    dp_cp: DeviceMesh
     fsdp: DeviceMesh
     experts: DeviceMesh | None
-    dp_rank: int
-    dp_size: int
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp.get_local_rank()
+
+    @property
+    def pp(self) -> DeviceMesh:
+        return self.root["pp"]
 
     @property
     def pp_size(self) -> int:
@@ -90,17 +103,25 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
     """
     sizes = axis_sizes(layout, dist.get_world_size())
     root = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    _, dp_replicate, dp_shard, cp, _ = sizes
-    shard_axis = "dp_shard"
-    if cp > 1:
-        root["dp_shard", "cp"]._flatten("dp_shard_cp")
-        shard_axis = "dp_shard_cp"
+    dp = _as_one(root, "dp", ("dp_replicate", "dp_shard"))
+    dp_cp = _as_one(root, "dp_cp", ("dp_replicate", "dp_shard", "cp"))
+    dp_shard_cp = _as_one(root, "dp_shard_cp", ("dp_shard", "cp"))
+    if layout.dp_replicate == 1:
+        return Mesh(root, dp, dp_cp, dp_shard_cp, _expert_mesh(root, layout.ep))
     with warnings.catch_warnings():
         # torch announces that flattened axes will not always be sliced from the root; 2.11 to 2.13 know no other way.
         warnings.filterwarnings("ignore", message="Slicing a flattened dim")
-        fsdp = root["dp_replicate", shard_axis] if dp_replicate > 1 else root[shard_axis]
-    dp_rank = root.get_local_rank("dp_replicate") * dp_shard + root.get_local_rank("dp_shard")
-    return Mesh(root, fsdp, _expert_mesh(root, layout.ep), dp_rank, dp_replicate * dp_shard)
+        fsdp = root["dp_replicate", dp_shard_cp.mesh_dim_names[0]]
+    return Mesh(root, dp, dp_cp, fsdp, _expert_mesh(root, layout.ep))
+
+
+def _as_one(root: DeviceMesh, name: str, axes: tuple[str, ...]) -> DeviceMesh:
+    """The ranks of several axes as one axis, which is the only long one of them where that is so: no group is made
+    twice for the same ranks."""
+    long = tuple(axis for axis in axes if root[axis].size() > 1)
+    if len(long) > 1:
+        return root[long]._flatten(name)
+    return root[long[0] if long else axes[0]]
 
 
 def _expert_mesh(root: DeviceMesh, ep: int) -> DeviceMesh | None:

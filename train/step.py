@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from train.config import Optim
@@ -27,19 +28,18 @@ class StepResult:
     applied: bool
 
 
-def sum_over(mesh: Mesh, value: torch.Tensor, axes: Iterable[str]) -> torch.Tensor:
-    """Sum `value` in place over the ranks of the named mesh axes."""
-    for axis in axes:
-        if mesh.root[axis].size() > 1:
-            dist.all_reduce(value, group=mesh.root.get_group(axis))
+def sum_over(value: torch.Tensor, *views: DeviceMesh) -> torch.Tensor:
+    """Sum `value` in place over the ranks of each view, one after the other."""
+    for view in views:
+        if view.size() > 1:
+            dist.all_reduce(value, group=view.get_group())
     return value
 
 
-DP_AXES = ("dp_replicate", "dp_shard")
-"""Axes whose ranks train different packs."""
-
-LOSS_AXES = ("pp", *DP_AXES, "cp")
-"""Axes whose ranks hold different tokens of a step, or of which only one has the loss (pp)."""
+def sum_loss(share: torch.Tensor, mesh: Mesh) -> float:
+    """The loss of all ranks from the share of each: dp and cp ranks hold different tokens, and of the ranks of a
+    pipeline only the last has any loss."""
+    return sum_over(share, mesh.dp_cp, mesh.pp).item()
 
 
 def accumulate_gradients(
@@ -81,7 +81,7 @@ def train_step(
     Raises: ValueError before the optimizer step when loss or gradient is not finite and `--on-nonfinite` is stop.
     """
     share = accumulate_gradients(model, loader.rows(), loader.row_count, target_tokens, defer_sync=defer_sync)
-    loss = sum_over(mesh, share, LOSS_AXES).item()
+    loss = sum_loss(share, mesh)
     grad_norm = clip_gradients(model, config.max_grad_norm, mesh).item()
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:
@@ -118,4 +118,4 @@ def evaluate(
         progress(done, steps)
     model.train()
     assert total is not None, "an evaluation has at least one step"
-    return sum_over(mesh, total, LOSS_AXES).item() / max(1, targets), targets
+    return sum_loss(total, mesh) / max(1, targets), targets

@@ -24,7 +24,7 @@ from train.data import PackedLoader, Schedule, open_shards
 from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.parallel.apply import parallelize
-from train.step import LOSS_AXES, accumulate_gradients, sum_over
+from train.step import accumulate_gradients, sum_loss
 
 SIZES = {"vocab_size": 320, "intermediate_size": 40}
 # (capacity, align, packed for cp): uneven, and aligned for a zigzag cut.
@@ -63,7 +63,7 @@ def step(model_dir, shards, config, dtype):
     model, loader = built(model_dir, shards, config, mesh, dtype)
     facts = loader.next_step()
     share = accumulate_gradients(model, loader.rows(), loader.row_count, facts.target_tokens)
-    loss = sum_over(mesh, share, LOSS_AXES).item()
+    loss = sum_loss(share, mesh)
     loader.close()
     gradients = {}
     for name, parameter in model.named_parameters():

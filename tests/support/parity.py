@@ -14,7 +14,7 @@ from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.model.sources import weight_sources
 from train.parallel.apply import parallelize
-from train.step import LOSS_AXES, accumulate_gradients, sum_over
+from train.step import accumulate_gradients, sum_loss
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-9}
 """Largest distance of a loss or gradient of a tiny model, by the type it is computed in."""
@@ -62,7 +62,7 @@ def packed_step(model_dir, shards, config, dtype, wanted_path):
     assert facts.packs == len(dataset)
     rows, count = loader.rows(), loader.row_count
     share = accumulate_gradients(model, rows, count, facts.target_tokens, defer_sync=config.layout.defer_sync)
-    loss = sum_over(mesh, share, LOSS_AXES).item()
+    loss = sum_loss(share, mesh)
     loader.close()
     held = [None] * dist.get_world_size()
     dist.all_gather_object(held, list(model.state_dict()))

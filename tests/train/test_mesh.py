@@ -7,6 +7,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from train.config import Layout
 from train.mesh import AXES, axis_sizes, build_mesh
+from train.step import sum_over
 
 
 @pytest.mark.parametrize(
@@ -44,22 +45,46 @@ def test_impossible_sizes_are_explained(layout, world, message):
 def where_am_i(layout):
     mesh = build_mesh(layout, torch.device("cpu"))
     assert mesh.root.mesh_dim_names == AXES
-    return mesh.dp_rank, mesh.dp_size, mesh.fsdp.mesh.tolist(), dist.get_rank()
+    views = {name: getattr(mesh, name).mesh.tolist() for name in ("dp", "dp_cp", "fsdp")}
+    mine = torch.tensor([float(2 ** dist.get_rank())])
+    return mesh.dp_rank, mesh.dp_size, views, int(sum_over(mine, mesh.dp_cp, mesh.pp))
+
+
+def bits(ranks):
+    return sum(1 << rank for rank in ranks)
 
 
 def test_views_of_a_hybrid_mesh():
     seen = run_ranks(where_am_i, 4, Layout(dp_replicate=2))
     assert [s[:2] for s in seen] == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert all(s[2] == [[0, 1], [2, 3]] for s in seen)
+    for _, _, views, summed in seen:
+        assert views == {"dp": [0, 1, 2, 3], "dp_cp": [0, 1, 2, 3], "fsdp": [[0, 1], [2, 3]]}
+        assert summed == bits(range(4))
 
 
 def test_views_of_a_mesh_with_context_and_tensor_ranks():
     seen = run_ranks(where_am_i, 8, Layout(cp=2, tp=2))
     assert [s[:2] for s in seen] == [(0, 2)] * 4 + [(1, 2)] * 4, "cp and tp ranks share their packs"
-    assert [s[2] for s in seen[:2]] == [[0, 2, 4, 6], [1, 3, 5, 7]], "FSDP goes over dp_shard × cp"
+    for rank, (_, _, views, summed) in enumerate(seen):
+        assert views["dp"] == [rank % 4, rank % 4 + 4]
+        assert views["dp_cp"] == views["fsdp"] == [rank % 2 + 2 * i for i in range(4)], "FSDP goes over dp_shard × cp"
+        assert summed == bits(views["dp_cp"]), "tensor ranks have the same loss, it is not added"
 
 
 def test_views_of_a_hybrid_mesh_with_context_ranks():
     seen = run_ranks(where_am_i, 8, Layout(dp_replicate=2, cp=2))
     assert [s[0] for s in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert all(s[2] == [[0, 1, 2, 3], [4, 5, 6, 7]] for s in seen)
+    for rank, (_, _, views, summed) in enumerate(seen):
+        assert views["dp"] == [rank % 2 + 2 * i for i in range(4)]
+        assert views["dp_cp"] == list(range(8))
+        assert views["fsdp"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert summed == bits(range(8))
+
+
+def test_views_of_a_pipeline_over_context_ranks():
+    """Without data ranks all train the same packs; the loss is summed over the parts and the stages."""
+    seen = run_ranks(where_am_i, 4, Layout(pp=2, cp=2))
+    for rank, (dp_rank, dp_size, views, summed) in enumerate(seen):
+        assert (dp_rank, dp_size, views["dp"]) == (0, 1, [rank])
+        assert views["dp_cp"] == views["fsdp"] == [rank // 2 * 2, rank // 2 * 2 + 1]
+        assert summed == bits(range(4))
