@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from formats.manifest import Manifest, read_manifest
 from formats.schema import ALIGNMENTS, PACKS_SCHEMA
-from formats.shard import FileEntry, Shard, atomic_write, file_digest, pack_digest
+from formats.shard import FileEntry, Shard, as_numpy, atomic_write, file_digest, pack_digest
 
 INDEX_NAME = "packs.arrow"
 REPORT_NAMES = ("report.json", "report.html")
@@ -80,7 +80,7 @@ def read_index(path: Path) -> PackIndex:
         raise ValueError(f"{path}: not a readable Arrow file ({error}); restore it from a copy or pack again") from None
     if not schema.equals(PACKS_SCHEMA, check_metadata=False):
         raise ValueError(f"{path}: columns {schema.names} are not those of a pack index; pack again")
-    return PackIndex({name: batch.column(name).to_numpy(zero_copy_only=True) for name in schema.names})
+    return PackIndex({name: as_numpy(batch.column(name)) for name in schema.names})
 
 
 def damaged_pack(shard: Path, row: int, pack: int) -> ValueError:

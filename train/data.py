@@ -31,8 +31,9 @@ from train.cut import WHOLE, Cut
 from train.lay import choose_lay
 from train.row import MicroBatch, Run
 
-RUN_TOKENS = 1 << 17
-"""Rows change hands between the threads in runs of so many tokens: a switch costs as much as filling 8192 of them."""
+RUN_TOKENS, RUN_ROWS = 1 << 17, 16
+"""Rows change hands between the threads in runs, of at most so many tokens and rows: a switch costs as much as filling
+16,000 tokens. More rows would only be made and filled for nothing before the first is used."""
 
 RUNS = 4
 """Runs of buffers: one in use, one being filled, two ready."""
@@ -143,7 +144,7 @@ class PackedLoader:
         self.stall_seconds = 0.0
         self.pairs = dict.fromkeys(windows, 0)
 
-        run_length = max(1, RUN_TOKENS // self.row_tokens)
+        run_length = max(1, min(RUN_ROWS, RUN_TOKENS // self.row_tokens))
         pinned = device.type == "cuda"
         self._free: queue.SimpleQueue[Run | None] = queue.SimpleQueue()  # the buffers bound both queues
         for _ in range(RUNS):

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from formats.shard import atomic_write, read_json, write_json
+from formats.shard import as_numpy, atomic_write, read_json, write_json
 from prep.ledger import Ledger
 
 STORE_VERSION = 1
@@ -124,13 +124,6 @@ def _array(kind: pa.DataType, values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
-def _values(array: pa.Array) -> np.ndarray:
-    """`to_numpy` of numbers without nulls, without pandas as well: a view."""
-    dtype = np.dtype(array.type.to_pandas_dtype())
-    data = array.buffers()[1] or b""  # an empty array may have none
-    return np.frombuffer(data, dtype)[array.offset : array.offset + len(array)]
-
-
 def _document_hashes(ids: np.ndarray, mask: np.ndarray, bounds: list[int]) -> list[int]:
     """xxh3-64 of each document's ids and mask. Slices of memory cost a fraction of slices of arrays."""
     ids_bytes, mask_bytes = memoryview(ids).cast("B"), memoryview(mask)
@@ -215,8 +208,8 @@ class DocumentStore:
         for index, unit in enumerate(content["units"]):
             for batch in _read_unit(unit_path(path, index), unit):
                 ids, mask, doc_hash = batch.columns
-                self.batches.append((_values(ids.values), _values(mask.values), _values(ids.offsets)))
-                self._hashes.append(_values(doc_hash))
+                self.batches.append((as_numpy(ids.values), as_numpy(mask.values), as_numpy(ids.offsets)))
+                self._hashes.append(as_numpy(doc_hash))
                 starts.append(starts[-1] + batch.num_rows)
         self.starts = np.array(starts, np.int64)
         self.rows = None

@@ -47,6 +47,7 @@ FAMILIES = {  # beside Llama: a window and a softcap; a rotary embedding that lo
 }
 # name → (capacity, align, cp packed for). A row of 199 tokens is rounded up to what can be cut.
 SHARDS = {"packed for 1": (199, 1, 1), "packed for 2": (200, 4, 2), "packed for 8": (208, 16, 8)}
+AROUND_CONTEXT = range(60, 69)  # lengths around the original context of Phi-3
 
 
 def uneven_packs(seed, capacity, align):
@@ -66,7 +67,7 @@ def places(tiny_llama_dir, tmp_path_factory):
     """Folders of models and of shards by name."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("cp")
+    folder, rng = tmp_path_factory.mktemp("cp"), np.random.default_rng(6)
     found = {"llama": tiny_llama_dir}
     for name, (config, options) in FAMILIES.items():
         with torch.random.fork_rng():
@@ -79,6 +80,11 @@ def places(tiny_llama_dir, tmp_path_factory):
     for name, (capacity, align, cp) in SHARDS.items():
         rows = uneven_packs(3, capacity, align)
         found[name] = make_shards(folder / name, rows, capacity=capacity, align=align, cp=cp)
+    lens = np.array(AROUND_CONTEXT, np.int32)
+    ids, mask = rng.integers(1, 320, lens.sum(), dtype=np.int32), np.ones(lens.sum(), np.uint8)
+    mask[np.cumsum(lens) - lens] = 0
+    row = ids, mask, lens, lens, np.arange(len(lens)), np.zeros(len(lens), np.int32)
+    found["around the context"] = make_shards(folder / "around", [row], capacity=int(lens.sum()))
     return found
 
 
@@ -105,6 +111,10 @@ CASES = {
         case("ulysses", 2, "packed for 1", recompute="full", micro_packs=3, **F64),
         case("gather", 2, "packed for 8", recompute="selective", **F64),
         case("ring", 2, "packed for 2", recompute="selective", **F64),
+    ],
+    3: [  # slots re-laid to multiples of 6: a document may be shorter than the context while its slot is longer
+        *(case(method, 3, "around the context", "phi3") for method in ("gather", "ring")),
+        case("ring", 3, "packed for 2", "gemma2", **F64),
     ],
     4: [
         *(case(method, 4, "packed for 1", **F64) for method in METHODS),

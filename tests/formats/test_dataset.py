@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -47,6 +50,13 @@ def test_views_are_zero_copy_and_read_only(folder):
         assert not array.flags.owndata
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
+
+
+def test_opening_and_reading_loads_no_pandas(folder):
+    """Its import takes longer than all else from opening to the first batch, on every rank."""
+    code = f"import sys; from formats.dataset import PackedDataset; PackedDataset({str(folder)!r})[0]; "
+    code += "sys.exit('pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_sequence_id_shards_hold_the_same_packs(tmp_path, rows):

@@ -33,7 +33,7 @@ class Segments:
     that its length can stay the same from step to step. `max_seqlen` bounds every document's length; it sizes the
     launch of GPU kernels and changes nothing in the result. A context-parallel rank holds only a part of the row: its
     segments are what it holds of each document (one run, or two chunks), some of them empty, and `part` tells the rest.
-    `packs` tells real tokens from padding, and the decoder derives `token_packs` from it; attention reads neither.
+    `packs` tells real tokens from padding, and the decoder derives `token_packs` from it; no kernel reads either.
     """
 
     cu_seqlens: Tensor
@@ -44,10 +44,14 @@ class Segments:
 
     @property
     def document_lengths(self) -> Tensor:
-        """int32[S]: for each segment the length of its whole document (of its slot, where that is padded)."""
-        if self.part is None:
+        """int32[S]: for each segment the length of its whole document, without the padding of its slot where `packs`
+        tells it."""
+        if self.packs is not None:
+            lengths = self.packs.seq_lens
+        elif self.part is not None:
+            lengths = self.part.row_cu_seqlens.diff()
+        else:
             return self.cu_seqlens.diff()
-        lengths = self.part.row_cu_seqlens.diff()
         return lengths.repeat_interleave((len(self.cu_seqlens) - 1) // len(lengths))
 
     @classmethod

@@ -64,8 +64,8 @@ def rope_tables(rope: Rope, position_ids_T: Tensor, segments: Segments, dtype: t
 
 
 def _document_lengths(position_ids_T: Tensor, segments: Segments) -> Tensor:
-    """For every token the length of its whole document (of its slot, where that is padded), also where this rank holds
-    a part of it."""
+    """For every token the length of its whole document, also where this rank holds a part of it; padding between
+    documents does not count, however their slots are aligned."""
     tokens = torch.arange(len(position_ids_T), dtype=torch.int32, device=position_ids_T.device)
     segment = torch.searchsorted(segments.cu_seqlens, tokens, right=True) - 1
     return segments.document_lengths[segment]
