@@ -1,12 +1,13 @@
 """The records of a work unit, one after the other, in memory that does not grow with the unit.
 
-A reader yields (position, record). The record is bytes of JSON, or what the format gives: a dict or a text. The
+A reader yields (position, record). The record is bytes of JSON, what the format gives (a dict), or `Unreadable`. The
 position says where it stands; `locate` turns it into words for a message.
 """
 
 import codecs
 import csv
 from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,14 @@ _BLOCK = 1 << 20
 _ROWS = 256  # rows of a columnar batch that are Python objects at a time
 _BOM = codecs.BOM_UTF8
 _MAX_RECORD = 1 << 30
+_BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+
+
+class Unreadable(NamedTuple):
+    """A record that could not be read, between others that can: why, and what stands there as far as it is known."""
+
+    reason: str
+    content: str
 
 
 def read_unit(unit: Unit, spec: SourceSpec) -> Iterator[tuple[int, object]]:
@@ -143,29 +152,77 @@ def _csv(unit: Unit) -> Iterator[tuple[int, object]]:
     csv.field_size_limit(_MAX_RECORD)
     delimiter = "\t" if unit.format == "tsv" else ","
     with files.open_decompressed(unit.path) as file:
-        rows = csv.reader(_text_lines(file, unit.path), delimiter=delimiter, strict=True)
-        try:
-            header = next(rows, [])
-            for number, row in enumerate(rows):
-                if len(row) != len(header):
-                    if not row:
-                        continue
+        lines = _CsvLines(file)
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        header = _header(rows, lines, unit)
+        number = -1
+        while True:
+            lines.begin_row()
+            number += 1
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                if lines.ended and len(lines.row) > 1:
                     raise ValueError(
-                        f"{unit.path}, row {number + 1}: {len(row)} fields where the header has {len(header)}"
-                    )
-                yield number, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{unit.path}, line {rows.line_num}: not readable as {unit.format} ({error})") from None
+                        f"{unit.path}, row {number + 1}: not readable as {unit.format}: a quote that is opened there is "
+                        f"never closed, and {len(lines.row) - 1} more lines follow"
+                    ) from None
+                reason = f"not readable as {unit.format} ({error})"
+            else:
+                if row is None:
+                    return
+                if not row:  # a blank line
+                    continue
+                if len(row) == len(header) and lines.are_utf8:
+                    yield number, dict(zip(header, row, strict=True))
+                    continue
+                reason = f"{len(row)} fields where the header has {len(header)}"
+            content = "".join(lines.row).rstrip("\r\n")
+            yield number, Unreadable(reason if lines.are_utf8 else "it is not UTF-8", content)
 
 
-def _text_lines(file, path: str) -> Iterator[str]:
-    number = 0
-    while line := file.readline():
-        number += 1
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
+def _header(rows, lines: "_CsvLines", unit: Unit) -> list[str]:
+    try:
+        header = next((row for row in rows if row), [])
+    except csv.Error as error:
+        raise ValueError(f"{unit.path}: the header is not readable as {unit.format} ({error})") from None
+    if not lines.are_utf8:
+        raise ValueError(f"{unit.path}: the header is not UTF-8")
+    for name in header:
+        if name and header.count(name) > 1:  # several without a name are what spreadsheets leave behind
+            raise ValueError(f"{unit.path}: two columns are called {name!r}; rename one")
+    return header
+
+
+class _CsvLines:
+    """The lines of a file as text; those of the row that is being read are kept until the next begins."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._first = True
+        self.ended = False
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        self.are_utf8 = True
+        self._row: list[bytes] = []
+
+    @property
+    def row(self) -> list[str]:
+        """The lines of the row for the eye: a byte that is no UTF-8 is written \\xNN."""
+        return [line.decode(errors="backslashreplace") for line in self._row]
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._file.readline():
+            line = _clean_bom(line) if self._first else line
+            self._first = False
+            self._row.append(line)
+            try:
+                yield line.decode()
+            except UnicodeDecodeError:
+                self.are_utf8 = False
+                yield line.decode(errors="replace")
+        self.ended = True
 
 
 def _columnar(unit: Unit) -> Iterator[tuple[int, object]]:
@@ -173,11 +230,32 @@ def _columnar(unit: Unit) -> Iterator[tuple[int, object]]:
     try:
         for batch in _batches(unit):
             for start in range(0, batch.num_rows, _ROWS):
-                for record in batch.slice(start, _ROWS).to_pylist():
+                for record in _records(batch.slice(start, _ROWS)):
                     yield row, record
                     row += 1
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except pa.ArrowException as error:
         raise ValueError(f"{unit.path}, row {row + 1}: not readable as {unit.format} ({error})") from None
+
+
+def _records(batch: pa.RecordBatch) -> list[object]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # a text that is no UTF-8, a date that Python has not: in one of the rows
+        return [_record(batch.slice(row, 1)) for row in range(batch.num_rows)]
+
+
+def _record(row: pa.RecordBatch) -> object:
+    record, bad = {}, {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            record[name] = column[0].as_py()
+        except (ValueError, OverflowError) as error:
+            bad[name] = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+            record[name] = column.view(_BINARY[column.type])[0].as_py() if is_text else f"a value of {column.type}"
+    if not bad:
+        return record
+    return Unreadable("; ".join(f"column {name}: {reason}" for name, reason in bad.items()), repr(record))
 
 
 def _batches(unit: Unit) -> Iterator[pa.RecordBatch]:

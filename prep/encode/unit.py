@@ -14,7 +14,7 @@ from prep.encode.chats import ChatRenderer
 from prep.encode.direct import Framed, framed_spans
 from prep.encode.masks import Rendering, byte_spans, target_mask
 from prep.encode.options import EncodeOptions
-from prep.encode.readers import locate, read_unit
+from prep.encode.readers import Unreadable, locate, read_unit
 from prep.encode.records import RecordReader, Tokens
 from prep.encode.sources import SourceSpec, Unit
 from prep.encode.storage import storage_at
@@ -179,6 +179,8 @@ class _UnitRun:
     def _document(self, record: object) -> Rendering | Framed | Tokens:
         if type(record) is bytes:
             record = _parse(record)
+        elif type(record) is Unreadable:
+            raise ValueError(record.reason)
         document = self._records.read(record)
         if type(document) is Framed:
             self._prove_direct(record, document)
@@ -203,7 +205,10 @@ class _UnitRun:
             raise ValueError(f"{locate(self._unit, position)}: {error}") from None
         self._ledger.read(self._spec.name, 1, 0)
         self._ledger.drop(self._spec.name, "error", 1, 0)
-        text = record.decode(errors="backslashreplace") if type(record) is bytes else repr(record)
+        if type(record) is bytes:
+            text = record.decode(errors="backslashreplace")
+        else:
+            text = record.content if type(record) is Unreadable else repr(record)
         where = locate(self._unit, position).replace(self._unit.path, Path(self._unit.path).name, 1)
         self.rejected.append(
             json.dumps({"where": where, "reason": str(error), "record": text[:_REJECT_CHARACTERS]}, ensure_ascii=True)

@@ -148,3 +148,70 @@ def test_damaged_files(tmp_path, byte_level):
         with pytest.raises(ValueError, match=reason) as caught:
             run(tmp_path / name, tmp_path / f"{name}.store", byte_level)
         assert name in str(caught.value)
+
+
+def rejects(store):
+    return [json.loads(line) for line in (store.path / "rejects.jsonl").read_text().splitlines()]
+
+
+def test_bad_rows_of_csv_are_bad_records(tmp_path, byte_level):
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbftext,n\n"
+        b"one,1\n"
+        b"too few\n"
+        b"too,many,fields\n"
+        b"\n"
+        b"caf\xe9,2\n"
+        b'"a"b,3\n'
+        b'"two\nlines, \xff",4\n'
+        b'"fine,\nin ""two"" lines",5\n'
+        b'last,6\n"cut of'
+    )
+    with pytest.raises(ValueError, match=r"a\.csv, row 2: 1 fields where the header has 2"):
+        run(path, tmp_path / "s", byte_level)
+    store = run(path, tmp_path / "s", byte_level, on_error="skip")
+    good = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ("one", 'fine,\nin "two" lines', "last")])
+    assert documents(store) == documents(run(good, tmp_path / "t", byte_level))
+    assert [(r["where"], r["reason"], r["record"]) for r in rejects(store)] == [
+        ("a.csv, row 2", "1 fields where the header has 2", "too few"),
+        ("a.csv, row 3", "3 fields where the header has 2", "too,many,fields"),
+        ("a.csv, row 5", "it is not UTF-8", "caf\\xe9,2"),
+        ("a.csv, row 6", "not readable as csv (',' expected after '\"')", '"a"b,3'),
+        ("a.csv, row 7", "it is not UTF-8", '"two\nlines, \\xff",4'),
+        ("a.csv, row 10", "not readable as csv (unexpected end of data)", '"cut of'),
+    ]
+    # A quote that swallows more than its own line is no bad record: nobody knows how many it took.
+    path.write_text('text\none\n"never closed\ntwo\nthree\n')
+    with pytest.raises(ValueError, match="row 2: not readable as csv: a quote that is opened there is never closed, and 2"):
+        run(path, tmp_path / "u", byte_level, on_error="skip")
+    path.write_text("text,n,text\na,1,b\n")
+    with pytest.raises(ValueError, match="two columns are called 'text'"):
+        run(path, tmp_path / "u", byte_level)
+    path.write_text("text,,\na,1,b\n")
+    assert len(run(path, tmp_path / "v", byte_level)) == 1
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_bad_rows_of_columns_are_bad_records(kind, tmp_path, byte_level):
+    """Rows have the numbers that they have in the file, whichever unit they are read in."""
+    values = [f"row {k} ".encode() * 20 for k in range(400)]
+    bad = [7, 123, 124, 399]
+    for row in bad:
+        values[row] = b"\xff\xfe"
+    column = pa.array(values, pa.binary()).view(pa.string())
+    table = pa.table({"text": column, "n": list(range(400))})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=50)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            for batch in table.to_batches(max_chunksize=50):
+                writer.write_batch(batch)
+    with pytest.raises(ValueError, match=rf"a\.{kind}, row 8: column text: it is not UTF-8"):
+        run(path, tmp_path / "s", byte_level)
+    store = run(path, tmp_path / "s", byte_level, on_error="skip", unit_bytes=15_000)
+    assert len(store) == 396
+    assert len(json.loads((store.path / "store.json").read_text())["units"]) > 2
+    assert [r["where"] for r in rejects(store)] == [f"a.{kind}, row {row + 1}" for row in bad]
+    assert rejects(store)[0]["record"] == r"{'text': b'\xff\xfe', 'n': 7}"
