@@ -164,7 +164,7 @@ def _csv(unit: Unit) -> Iterator[tuple[int, object]]:
             except csv.Error as error:
                 if lines.ended and len(lines.row) > 1:
                     raise ValueError(
-                        f"{unit.path}, row {number + 1}: not readable as {unit.format}: a quote that is opened there is "
+                        f"{unit.path}, row {number + 1}: not readable as {unit.format}: a quote that opens there is "
                         f"never closed, and {len(lines.row) - 1} more lines follow"
                     ) from None
                 reason = f"not readable as {unit.format} ({error})"

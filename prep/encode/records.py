@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import orjson
 
 from prep.encode.chats import ChatRenderer
 from prep.encode.direct import Framed
 from prep.encode.masks import Rendering
+from prep.encode.numbers import parse_exactly
 from prep.encode.options import MaskPolicy
 from prep.encode.tokenizer import TokenizerFolder
 
@@ -37,6 +37,7 @@ _SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
+_ABSENT = (None, "")  # an empty cell of CSV, where a list is expected
 KNOWN = "input_ids; messages or conversations; instruction and output; segments; prompt and completion; text"
 
 
@@ -86,18 +87,18 @@ class RecordReader:
         if self._columns:
             record = self._mapped(record)
         get = record.get
-        if get("input_ids") is not None:
+        if get("input_ids") not in _ABSENT:
             return self._tokens(record)
-        if get("chosen") is not None and get("rejected") is not None:
+        if get("chosen") not in _ABSENT and get("rejected") not in _ABSENT:
             raise ValueError("a preference pair (chosen, rejected) is no training example for this program yet")
-        if get("messages") is not None:
+        if get("messages") not in _ABSENT:
             return self._chat(get("messages"), get("tools"))
-        if get("conversations") is not None:
+        if get("conversations") not in _ABSENT:
             return self._chat(_from_sharegpt(get("conversations"), get("system")), get("tools"))
         if get("instruction") is not None:
             return self._alpaca(record)
-        segments = get("segments") if get("segments") is not None else get("input_output")
-        if segments is not None:
+        segments = get("input_output") if get("segments") in _ABSENT else get("segments")
+        if segments not in _ABSENT:
             return self._segments(segments)
         if get("completion") is not None or get("prompt") is not None:
             return self._prompt(record)
@@ -124,7 +125,7 @@ class RecordReader:
         messages = _parsed(messages, "messages")
         if type(messages) is not list or not messages:
             raise ValueError("messages must be a list with at least one message")
-        if (tools is None or tools == []) and not train_from:
+        if not tools and not train_from:
             rendering = self._chats.render_directly(messages, guard=not self._allow_special)
             if rendering is not None:
                 return rendering
@@ -132,7 +133,8 @@ class RecordReader:
             if (
                 type(message) is dict
                 and len(message) == 2
-                and message.get("role") in self._roles
+                and type(message.get("role")) is str
+                and message["role"] in self._roles
                 and type(message.get("content")) is str
             ):
                 continue
@@ -149,7 +151,7 @@ class RecordReader:
             self._roles.add(message["role"])
         if train_from:
             messages = [{**m, "train": False} for m in messages[:train_from]] + messages[train_from:]
-        tools = _parsed(tools, "tools") or None
+        tools = None if tools in _ABSENT else _parsed(tools, "tools") or None
         return self._chats.render(messages, tools, guard=not self._allow_special)
 
     def _alpaca(self, record: Mapping) -> Rendering:
@@ -210,7 +212,7 @@ class RecordReader:
 
     def _tokens(self, record: Mapping) -> Tokens:
         try:
-            ids = np.asarray(record["input_ids"])
+            ids = np.asarray(_parsed(record["input_ids"], "input_ids"))
             if ids.ndim != 1 or not (ids.size == 0 or np.issubdtype(ids.dtype, np.integer)):
                 raise TypeError
         except (TypeError, ValueError):
@@ -218,9 +220,9 @@ class RecordReader:
         if ids.size and (ids.min() < 0 or ids.max() >= self._folder.vocab_size):
             bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise ValueError(f"input_ids holds {bad}, outside the tokenizer's vocabulary of {self._folder.vocab_size}")
-        if record.get("loss_mask") is not None:
+        if record.get("loss_mask") not in _ABSENT:
             mask = self._beside(record, "loss_mask", ids.size) != 0
-        elif record.get("labels") is not None:
+        elif record.get("labels") not in _ABSENT:
             mask = self._beside(record, "labels", ids.size) != -100
             wrong = mask & (self._beside(record, "labels", ids.size) != ids)
             if wrong.any():
@@ -231,7 +233,7 @@ class RecordReader:
         else:
             mask = np.ones(ids.size, bool)
         removed = 0
-        if record.get("attention_mask") is not None:
+        if record.get("attention_mask") not in _ABSENT:
             real = self._beside(record, "attention_mask", ids.size) != 0
             removed = int(ids.size - real.sum())
             ids, mask = ids[real], mask[real]
@@ -239,7 +241,7 @@ class RecordReader:
 
     @staticmethod
     def _beside(record: Mapping, name: str, length: int) -> np.ndarray:
-        values = np.asarray(record[name])
+        values = np.asarray(_parsed(record[name], name))
         if values.shape != (length,) or (not np.issubdtype(values.dtype, np.number) and values.dtype != bool):
             raise ValueError(f"{name} must be a list of {length} numbers, as long as input_ids")
         return values
@@ -250,9 +252,9 @@ def _parsed(value, name: str):
     if not isinstance(value, str):
         return value
     try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"{name} is text that is not JSON ({error})") from None
+        return parse_exactly(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is text that is not JSON: {error}") from None
 
 
 def _from_sharegpt(turns, system) -> list[dict]:
@@ -262,13 +264,19 @@ def _from_sharegpt(turns, system) -> list[dict]:
     messages = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
     for number, turn in enumerate(turns, 1):
         if isinstance(turn, dict) and isinstance(turn.get("role"), str):
-            messages.append(turn)
+            messages.append({**turn, "role": _sharegpt_role(turn["role"])})
         elif isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str):
             rest = {name: turn[name] for name in ("train", "weight") if name in turn}
-            messages.append({"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"], **rest})
+            messages.append({"role": _sharegpt_role(turn["from"]), "content": turn["value"], **rest})
         else:
             raise ValueError(f"turn {number} of conversations must be an object with from and value")
     return messages
+
+
+def _sharegpt_role(name: str) -> str:
+    """`user` or `assistant` for `human`, `GPT` and the like; roles of templates as they are, any other name too."""
+    plain = name.lower()
+    return _SHAREGPT.get(plain, plain if plain in ("system", "user", "assistant", "tool") else name)
 
 
 def kind_of(value: object) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
 
 from prep.encode.builtin import load_template
 from prep.encode.chats import ChatRenderer
 from prep.encode.direct import Framed, framed_spans
 from prep.encode.masks import Rendering, byte_spans, target_mask
+from prep.encode.numbers import holds_long_number, parse_exactly, parse_json
 from prep.encode.options import EncodeOptions
 from prep.encode.readers import Unreadable, locate, read_unit
 from prep.encode.records import RecordReader, Tokens
@@ -177,11 +177,15 @@ class _UnitRun:
         yield batch
 
     def _document(self, record: object) -> Rendering | Framed | Tokens:
-        if type(record) is bytes:
-            record = _parse(record)
-        elif type(record) is Unreadable:
+        if type(record) is Unreadable:
             raise ValueError(record.reason)
-        document = self._records.read(record)
+        try:
+            document = self._records.read(parse_json(record) if type(record) is bytes else record)
+            by_template = type(document) is Rendering and document.literals
+            if by_template and type(record) is bytes and holds_long_number(record):
+                document = self._records.read(parse_exactly(record))
+        except RecursionError:
+            raise ValueError("the record is nested too deeply") from None
         if type(document) is Framed:
             self._prove_direct(record, document)
         return document
@@ -198,7 +202,7 @@ class _UnitRun:
     def _render_fully(self, record: object) -> Rendering:
         chats = self._encoder.chats(self._unit.source)
         with chats.indirectly():
-            return self._records.read(_parse(record) if type(record) is bytes else record)
+            return self._records.read(parse_json(record) if type(record) is bytes else record)
 
     def _reject(self, position: int, record: object, error: ValueError) -> None:
         if self._options.on_error == "stop":
@@ -340,10 +344,3 @@ def select_rows(ids, mask, offsets, rows: np.ndarray):
     np.cumsum(lengths, out=chosen[1:])
     positions = np.arange(chosen[-1]) + np.repeat(offsets[rows] - chosen[:-1], lengths)
     return ids[positions], mask[positions], chosen
-
-
-def _parse(line: bytes) -> object:
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"not readable as JSON ({error})") from None
