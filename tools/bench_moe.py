@@ -3,10 +3,15 @@
     python tools/bench_moe.py [--tokens 2048] [--hidden 512] [--intermediate 256] [--experts 64] [--top-k 8]
                               [--threads 2] [--rounds 3] [--json FILE]
 
-All layers hold the same weights, see the same tokens and must give the same output and gradient before they are timed,
-in turns, best of the rounds. On CPU in float32, on a GPU in bfloat16, where the share of the device's own dense matrix
-product is told, too. "loop" is the reference anybody would write: for each expert the tokens that chose it, indexed,
-computed, added. transformers has its modelling code (eager) and what it takes by default (grouped_mm).
+All layers hold the same weights, see the same tokens and must give the same output and gradients before they are timed,
+in turns, best of the rounds; on CPU in float32, on a GPU in bfloat16. "loop" is the reference anybody would write: for
+each expert the tokens that chose it, indexed, computed, added. transformers has several ways; the one that a model
+built without a word about it takes on this device is marked.
+
+"share" is that of a dense matrix product: the layer's multiplications (2 a weight and token forward, 4 backward) a
+second over those of one product of 2048 × 2048 by 2048 × 2048, in the same type with the same threads. "products alone"
+are the layer's nine products for every expert, in turn and into buffers that are kept, and nothing else: no router, no
+sorting, no activation, no new memory for gradients. What is made of such products is hardly faster.
 
 The bytes that expert parallelism sends are arithmetic: K·D values a token there and back, (ep − 1)/ep of them leave the
 rank when experts are equally busy; backward sends the same.
@@ -75,6 +80,7 @@ def layers(options: argparse.Namespace, device: torch.device, dtype: torch.dtype
     tokens = torch.tensor(options.tokens, device=device)
     packs = TokenPacks(torch.zeros(options.tokens, dtype=torch.int64, device=device), tokens[None], tokens)
     found: dict[str, Callable] = {"meshpack": lambda x: ours(x, packs), "loop": lambda x: Loop(ours)(x, packs)}
+    chosen = default_implementation(config)
     for implementation in ("eager", "grouped_mm"):
         config = config.__class__(**config.to_dict())
         config._experts_implementation = implementation
@@ -83,22 +89,66 @@ def layers(options: argparse.Namespace, device: torch.device, dtype: torch.dtype
             theirs.gate.weight.copy_(ours.router.weight)
             theirs.experts.gate_up_proj.copy_(torch.cat((ours.experts.gate_proj, ours.experts.up_proj), dim=1))
             theirs.experts.down_proj.copy_(ours.experts.down_proj)
-        found[f"transformers {implementation}"] = lambda x, theirs=theirs: theirs(x[None])[0]
+        mark = " (its default)" * (implementation == chosen)
+        found[f"transformers {implementation}{mark}"] = lambda x, theirs=theirs: theirs(x[None])[0]
     return found
 
 
-def seconds(layer: Callable, x_TD: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Of one forward and backward; the output and the gradient of the input. Weights' gradients are made anew."""
+def default_implementation(config: transformers.PretrainedConfig) -> str:
+    """What transformers takes for such a model when it is told nothing."""
+    tiny = config.to_dict() | {"hidden_size": 8, "moe_intermediate_size": 8, "vocab_size": 8, "num_attention_heads": 1}
+    model = transformers.AutoModelForCausalLM.from_config(config.__class__(**(tiny | {"num_key_value_heads": 1})))
+    return model.config._experts_implementation
+
+
+def seconds(layer: Callable, x_TD: Tensor) -> tuple[float, float, Tensor, Tensor]:
+    """Of a forward, and of forward and backward; the output and the gradient of the input. Weights' gradients are made
+    anew."""
     x_TD = x_TD.clone().requires_grad_()
-    if x_TD.is_cuda:
-        torch.cuda.synchronize()
+    _wait(x_TD.device)
     began = time.perf_counter()
     out_TD = layer(x_TD)
+    _wait(x_TD.device)
+    forward = time.perf_counter() - began
     out_TD.backward(torch.ones_like(out_TD))
-    if x_TD.is_cuda:
+    _wait(x_TD.device)
+    return forward, time.perf_counter() - began, out_TD.detach(), x_TD.grad
+
+
+def products_alone(options: argparse.Namespace, x_TD: Tensor) -> Callable[[], tuple[float, float]]:
+    """Seconds of the three products of a forward for every expert, and of all nine, for rows that are shared out as the
+    router of the layers does it nearly enough: at random."""
+    D, F, E = options.hidden, options.intermediate, options.experts
+    chosen = torch.rand(options.tokens, E).topk(options.top_k).indices
+    rows = chosen.flatten().bincount(minlength=E).tolist()
+    wide, narrow, out_wide, out_narrow = (x_TD.new_ones(max(rows), size) for size in (D, F, D, F))
+    weights = [(x_TD.new_ones(F, D), x_TD.new_ones(F, D), x_TD.new_ones(D, F)) for _ in range(E)]
+    gradients = [tuple(torch.zeros_like(weight) for weight in of_expert) for of_expert in weights]
+
+    def run() -> tuple[float, float]:
+        _wait(x_TD.device)
+        began = time.perf_counter()
+        for n, (gate, up, down) in zip(rows, weights, strict=True):
+            for weight in (gate, up):
+                torch.mm(wide[:n], weight.t(), out=out_narrow[:n])
+            torch.mm(narrow[:n], down.t(), out=out_wide[:n])
+        _wait(x_TD.device)
+        forward = time.perf_counter() - began
+        for n, (gate, up, down), into in zip(rows, weights, gradients, strict=True):
+            torch.mm(wide[:n], down, out=out_narrow[:n])
+            torch.mm(wide[:n].t(), narrow[:n], out=into[2])
+            for weight, gradient in ((gate, into[0]), (up, into[1])):
+                torch.mm(narrow[:n], weight, out=out_wide[:n])
+                torch.mm(narrow[:n].t(), wide[:n], out=gradient)
+        _wait(x_TD.device)
+        return forward, time.perf_counter() - began
+
+    return run
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize()
-    took = time.perf_counter() - began
-    return took, out_TD.detach(), x_TD.grad
 
 
 def clear(layer: Callable) -> None:
@@ -124,37 +174,45 @@ def main() -> None:
     x_TD = torch.randn(options.tokens, options.hidden, device=device, dtype=dtype)
     results = {}
     for name, layer in found.items():
-        _, out, grad = seconds(layer, x_TD)
+        results[name] = seconds(layer, x_TD)[2:]
         clear(layer)
-        results[name] = (out, grad)
-    for name, (out, grad) in results.items():
-        for value, reference in ((out, results["loop"][0]), (grad, results["loop"][1])):
+    for name, values in results.items():
+        for value, reference in zip(values, results["loop"], strict=True):
             error = ((value - reference).norm() / reference.norm()).item()
             assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5), f"{name} is off by {error}"
 
-    best = dict.fromkeys(found, float("inf"))
+    best = dict.fromkeys((*found, "products alone"), (float("inf"), float("inf")))
+    alone = products_alone(options, x_TD)
+    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    dense = float("inf")
     for _ in range(options.rounds):
         for name, layer in found.items():
-            best[name] = min(best[name], seconds(layer, x_TD)[0])
+            best[name] = tuple(map(min, best[name], seconds(layer, x_TD)[:2]))
             clear(layer)
-    flops = 18 * options.tokens * options.top_k * options.hidden * options.intermediate
-    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
-    peak = 2 * 2048**3 / min(_time(lambda: a @ b, device) for _ in range(5))
+        best["products alone"] = tuple(map(min, best["products alone"], alone()))
+        dense = min(dense, _time(lambda: a @ b, device))
+    forward_flops = 6 * options.tokens * options.top_k * options.hidden * options.intermediate
+    peak = 2 * 2048**3 / dense
     print(
         f"{options.experts} experts, top-{options.top_k}, hidden {options.hidden}, intermediate "
-        f"{options.intermediate}, {options.tokens} tokens, {device.type} {dtype}, {options.threads} threads\n"
+        f"{options.intermediate}, {options.tokens} tokens, {device.type} {dtype}, {options.threads} threads\n\n"
+        f"{'':40}{'forward':>28}{'forward and backward':>34}"
     )
     record = {"options": {k: v for k, v in vars(options).items() if k != "json"}, "layers": {}, "bytes": {}}
-    for name, took in best.items():
-        record["layers"][name] = {
-            "tokens_per_second": options.tokens / took,
-            "meshpack_is_faster_by": took / best["meshpack"],
-            "share_of_dense_matmul": flops / took / peak,
-        }
-        print(
-            f"{name:24} {options.tokens / took:9,.0f} tokens/s   meshpack is {took / best['meshpack']:5.2f}x as fast   "
-            f"{flops / took / peak:4.0%} of a dense matrix product"
-        )
+    for name, times in best.items():
+        facts, line = {}, f"{name:40}"
+        for part, took, flops, ours in zip(
+            ("forward", "forward_backward"), times, (forward_flops, 3 * forward_flops), best["meshpack"], strict=True
+        ):
+            facts[part] = {
+                "tokens_per_second": options.tokens / took,
+                "meshpack_is_faster_by": took / ours,
+                "share_of_dense_matmul": flops / took / peak,
+            }
+            line += f"{options.tokens / took:12,.0f} /s {took / ours:5.2f}x {flops / took / peak:5.0%} "
+        record["layers"][name] = facts
+        print(line)
+    print("\ntokens a second; how much longer it takes than meshpack; share of a dense matrix product")
     print("\nexpert parallelism, bf16: bytes a token and layer that leave the rank in forward, and as many in backward")
     for name, (top_k, hidden, ep) in PUBLISHED.items():
         sent = 2 * top_k * hidden * 2 * (ep - 1) / ep
@@ -165,10 +223,10 @@ def main() -> None:
 
 
 def _time(function: Callable, device: torch.device) -> float:
+    _wait(device)
     began = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    _wait(device)
     return time.perf_counter() - began
 
 

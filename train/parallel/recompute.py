@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from train.attention.choose import BACKENDS
 from train.config import Config
 from train.mesh import Mesh
-from train.model.experts import GROUPED_LINEAR
+from train.model.experts import EXPERTS
 
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 """Every matrix product that a block may contain, by its name among torch's operators."""
@@ -39,7 +39,7 @@ def _costly() -> frozenset:
     overloads = [op.default for name in MATMULS if (op := getattr(torch.ops.aten, name, None)) is not None]
     # A package with gradients of its own (Transformer Engine) is no operator that could be named: it is repeated.
     kernels = [backend.op._opoverload for backend in BACKENDS.values() if backend.forward is not None]
-    return frozenset([*overloads, GROUPED_LINEAR._opoverload, *kernels])
+    return frozenset([*overloads, EXPERTS._opoverload, *kernels])
 
 
 COSTLY = _costly()
