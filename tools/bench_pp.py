@@ -14,8 +14,11 @@ interleaved       M·(F+I+W) + (p−1)·(F+I+W)/v             Narayanan et al., 
 interleaved-zb    the longest path through its actions, each with its time (Qi et al., 2401.10241, gives bounds)
 zbv, dualpipev    the same; with F = I = W all that is left is the time until the last rank can begin, or nearly so
 
-The longer the sleeps, the less the machine's own delays count: a step of a split backward has many actions and waits
-little. Exits with 1 when a bubble (as a part of the step) is more than 10 % away from the formula's.
+What a step takes without any sleep ("host": autograd, the schedule's own Python, sends over gloo, four processes on the
+machine's cores) is measured, too, and stands beside; it is no part of the formula. A step of a split backward has many
+actions (48 a rank with two stages and 8 rows, each with about a millisecond of the host) and waits little (a bubble
+of 6 %, of which a tenth is 6 thousandths of the step), so its sleeps must be long: in 0.4 s the host's share alone is
+that tenth. Exits with 1 when a bubble (as a part of the step) is more than 10 % away from the formula's.
 """
 
 import argparse
@@ -52,9 +55,9 @@ TOLERANCE = 0.1
 
 class Sleep(torch.autograd.Function):
     """`x` as it is, after a sleep in forward and another in backward (seconds). `slept` adds up how long they really
-    were: a busy machine wakes late, and what it adds is work and no bubble."""
+    were: a busy machine wakes late, and what it adds is work and no bubble. `off` is for steps without any sleep."""
 
-    slept = 0.0
+    slept, off = 0.0, False
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
@@ -69,9 +72,10 @@ class Sleep(torch.autograd.Function):
 
     @staticmethod
     def of(seconds: float) -> None:
-        began = time.perf_counter()
-        time.sleep(seconds)
-        Sleep.slept += time.perf_counter() - began
+        if not Sleep.off:
+            began = time.perf_counter()
+            time.sleep(seconds)
+            Sleep.slept += time.perf_counter() - began
 
 
 class SleepingBlock(torch.nn.Module):
@@ -91,7 +95,8 @@ class SleepingBlock(torch.nn.Module):
 def measure_rank(
     rank: int, size: int, folder: str, name: str, rows: int, seconds: float, repeats: int, out: Any
 ) -> None:
-    """From rank 0, medians of `repeats`: the seconds of a step of one schedule, and those that a rank worked in it."""
+    """From rank 0, medians of `repeats`: the seconds of a step of one schedule, those that a rank worked in it, and
+    those of a step without sleeps; and the plan of the schedule."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
@@ -112,7 +117,8 @@ def measure_rank(
     ids = torch.zeros(TOKENS, dtype=torch.int32)
     row = MicroBatch(ids, ids.long(), ids, Segments.of([TOKENS]))
     times = []
-    for _ in range(repeats + 1):  # the first makes the schedule and the connections
+    for repeat in range(-3, repeats):  # of those below 0 the first makes the schedule and the connections
+        Sleep.off = repeat < 0
         dist.barrier()
         Sleep.slept, began = 0.0, time.perf_counter()
         pipeline.accumulate_gradients([row] * rows, rows * TOKENS)
@@ -122,7 +128,8 @@ def measure_rank(
         dist.all_reduce(slept)
         times.append((seconds_of_step, slept.item() / size))
     if rank == 0:
-        out.put((*map(statistics.median, zip(*times[1:], strict=True)), actions_of(pipeline)))
+        host = min(seconds for seconds, _ in times[1:3])
+        out.put((*map(statistics.median, zip(*times[3:], strict=True)), host, actions_of(pipeline)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -187,7 +194,7 @@ def measure(name: str, size: int, rows: int, seconds: float, repeats: int) -> di
             process.join()
         if any(process.exitcode for process in ranks):
             sys.exit(f"{name}: a rank failed")
-    measured, worked, planned = out.get()
+    measured, worked, host, planned = out.get()
     per_rank = SCHEDULES[name].stages or 2
     work = rows * 3 * seconds
     wait = {"gpipe": 3 * seconds, "1f1b": 3 * seconds, "interleaved": 3 * seconds / per_rank}.get(name)
@@ -202,6 +209,7 @@ def measure(name: str, size: int, rows: int, seconds: float, repeats: int) -> di
         "step_seconds": measured,
         "work_seconds": worked,
         "formula_seconds": formula,
+        "host_seconds": host,
     }
 
 
@@ -209,24 +217,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pp", type=int, default=4)
     parser.add_argument("--rows", type=int, default=8, help="rows (microbatches) a step")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of F, of I and of W of a row in a rank")
+    parser.add_argument("--seconds", type=float, default=0.8, help="of F, of I and of W of a row in a rank")
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the result here too")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     report = {"pp": options.pp, "rows": options.rows, "schedules": {}}
-    if options.json and options.json.exists():  # the schedules of an earlier run are kept beside
-        earlier = json.loads(options.json.read_text())
-        report["schedules"] = earlier["schedules"] if earlier["pp"] == options.pp else {}
-    print(f"{'schedule':<16}{'step s':>8}{'formula s':>11}{'bubble':>9}{'formula':>9}")
+    print(f"{'schedule':<16}{'step s':>8}{'formula s':>11}{'host s':>8}{'bubble':>9}{'formula':>9}")
     far = []
     for name in options.schedules:
         r = measure(name, options.pp, options.rows, options.seconds, options.repeats)
         report["schedules"][name] = {key: round(value, 4) for key, value in r.items()}
         print(
-            f"{name:<16}{r['step_seconds']:>8.3f}{r['formula_seconds']:>11.3f}{r['bubble_measured']:>9.1%}"
-            f"{r['bubble_formula']:>9.1%}",
+            f"{name:<16}{r['step_seconds']:>8.3f}{r['formula_seconds']:>11.3f}{r['host_seconds']:>8.3f}"
+            f"{r['bubble_measured']:>9.2%}{r['bubble_formula']:>9.2%}",
             flush=True,
         )
         if abs(r["bubble_measured"] - r["bubble_formula"]) > TOLERANCE * r["bubble_formula"]:
