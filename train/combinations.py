@@ -19,6 +19,7 @@ class Combination:
 
 
 PIPELINES = "tests/dist/test_pp.py"
+COMPILED = "tests/dist/test_compile.py"
 BACKENDS_TEST = "tests/dist/test_cp_attention.py"
 
 
@@ -39,12 +40,10 @@ COMBINATIONS = (
     ),
     Combination("activation recompute", {"recompute": "full"}, "tests/dist/test_parity.py"),
     Combination("recompute, costly results kept", {"recompute": "selective"}, "tests/dist/test_parity.py"),
-    Combination("compiled blocks", {"compile": True}, "tests/dist/test_compile.py"),
-    Combination(
-        "compiled, recomputed blocks", {"compile": True, "recompute": "selective"}, "tests/dist/test_compile.py"
-    ),
-    Combination("compiled blocks, tensor parallelism", {"compile": True, "tp": 2}, "tests/dist/test_compile.py"),
-    Combination("compiled blocks, context parallelism", {"compile": True, "cp": 2}, "tests/dist/test_compile.py"),
+    Combination("compiled blocks", {"compile": True}, COMPILED),
+    Combination("compiled, recomputed blocks", {"compile": True, "recompute": "selective"}, COMPILED),
+    Combination("compiled blocks, tensor parallelism", {"compile": True, "tp": 2}, COMPILED),
+    Combination("compiled blocks, context parallelism", {"compile": True, "cp": 2}, COMPILED),
     Combination(
         "compiled blocks, only some keys exchanged",
         {"compile": True, "cp": 2, "cp_method": "needed"},
@@ -116,11 +115,10 @@ COMBINATIONS = (
     Combination("expert and tensor parallelism", {"ep": 2, "tp": 2}, "tests/dist/test_ep.py"),
     Combination("expert and context parallelism, any method", {"ep": 2, "cp": 2}, "tests/dist/test_ep.py"),
     Combination(
-        "expert and tensor parallelism, whole sequences",
-        {"ep": 2, "tp": 2, "sp": False},
-        "--no-sp with --ep {ep}: every tensor rank routes tokens of its own, which only sequence parallelism gives it; "
-        "leave --no-sp out",
-        lambda c: c.layout.ep > 1 and c.layout.tp > 1 and not c.layout.sp,
+        "expert parallelism, attention and blocks without experts compiled", {"ep": 2, "compile": True}, COMPILED
+    ),
+    Combination(
+        "expert and tensor parallelism, whole sequences", {"ep": 2, "tp": 2, "sp": False}, "tests/dist/test_ep.py"
     ),
     Combination("pipeline × expert parallelism", {"ep": 2, "pp": 2}, "tests/dist/test_ep.py"),
 )

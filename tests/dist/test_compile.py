@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from parity import LIMIT, by_documents, packed_step
+from tiny_models import write_tiny_model
 
 from formats.dataset import PackedDataset
 from make_shards import make_shards, random_packs
@@ -17,23 +18,32 @@ from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.parallel.apply import parallelize
-from train.parallel.compiling import apply_compile
 
 FSDP, TENSOR, GATHER, ULYSSES = Layout(), Layout(tp=2), Layout(cp=2), Layout(cp=2, cp_method="ulysses")
 
 
-@pytest.fixture(scope="module")
-def places(tiny_llama_dir, tmp_path_factory):
+def placed(model, folder):
     """(model, shards, {dtype: (loss, file of the gradients)}) of the documents one at a time."""
-    folder = tmp_path_factory.mktemp("compile")
     rows = random_packs(np.random.default_rng(0), 5, 200, 4, 320)
     shards = make_shards(folder / "shards", rows, capacity=200, align=4, cp=2)
     wanted = {}
     for dtype in LIMIT:
-        loss, gradients = by_documents(tiny_llama_dir, PackedDataset(shards), dtype)
+        loss, gradients = by_documents(model, PackedDataset(shards), dtype)
         torch.save(gradients, folder / f"{dtype}.pt")
         wanted[dtype] = loss, folder / f"{dtype}.pt"
-    return tiny_llama_dir, shards, wanted
+    return model, shards, wanted
+
+
+@pytest.fixture(scope="module")
+def places(tiny_llama_dir, tmp_path_factory):
+    return placed(tiny_llama_dir, tmp_path_factory.mktemp("compile"))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A layer without experts, then one with."""
+    folder = tmp_path_factory.mktemp("mixture")
+    return placed(write_tiny_model(folder / "model", "qwen2_moe", vocab_size=320), folder)
 
 
 def compiled_step(*case):
@@ -41,7 +51,8 @@ def compiled_step(*case):
     return packed_step(*case), dict(torch._dynamo.utils.counters["stats"]), torch._dynamo.utils.counters["graph_break"]
 
 
-def is_equal(places, layout, recompute, dtype, backend="aot_eager"):
+def is_equal(places, layout, recompute, dtype, backend="aot_eager", graphs=1):
+    """`graphs`: how many there may be. One serves both layers of a kind and all rows."""
     model, shards, wanted = places
     options = Model(recompute=recompute, compile=True, compile_backend=backend)
     config = Config(data=Data(batch_packs=6), layout=layout, model=options)
@@ -50,7 +61,7 @@ def is_equal(places, layout, recompute, dtype, backend="aot_eager"):
         assert step[0] == pytest.approx(loss, rel=LIMIT[dtype])
         assert step[1] <= LIMIT[dtype], step[2]
         assert not breaks
-        assert stats["unique_graphs"] == 1, "one graph for both layers and all rows"
+        assert stats["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize(
@@ -60,6 +71,23 @@ def is_equal(places, layout, recompute, dtype, backend="aot_eager"):
 )
 def test_compiled_equals_the_documents_one_at_a_time(places, layout, recompute):
     is_equal(places, layout, recompute, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [
+        (Layout(ep=2), "none"),
+        pytest.param(Layout(ep=2), "selective", marks=pytest.mark.slow),
+        pytest.param(Layout(ep=2, tp=2), "full", marks=pytest.mark.slow),
+        pytest.param(Layout(cp=2), "none", marks=pytest.mark.slow),
+        pytest.param(Layout(pp=2), "none", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_mixture_with_compiled_attention_equals_the_documents(mixture, layout, recompute):
+    """A graph for the whole block without experts, and one for the attention of the other."""
+    graphs = 1 if layout.pp > 1 else 2
+    is_equal(mixture, layout, recompute, torch.float64, graphs=graphs)
 
 
 @pytest.mark.slow
@@ -89,15 +117,6 @@ def graphs_of_lengths(folder, recompute):
         model(ids, ids, segments, ids).backward()
         seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return seen
-
-
-def test_a_mixture_of_experts_is_refused(tiny_llama_dir):
-    with torch.device("meta"):
-        model = Decoder(hf.read_config(tiny_llama_dir))
-    sparse = tuple(replace(layer, experts=True) for layer in model.config.layers)
-    model.config = replace(model.config, layers=sparse)
-    with pytest.raises(ValueError, match="leave --compile out for a mixture of experts"):
-        apply_compile(model, None, Config())
 
 
 def test_a_graph_for_each_length_and_not_for_each_row(tiny_llama_dir):

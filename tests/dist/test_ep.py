@@ -110,6 +110,7 @@ CASES = {
         case(2, dtype=torch.float32, micro=2),
         case(2, family="gpt_oss", recompute="full", cp=2, cp_method="needed"),
         case(1, cp=2, family="qwen2_moe", shards="packed for 2", recompute="selective"),
+        case(2, tp=2, sp=False, family="qwen2_moe"),
     ],
     4: [
         case(2, family="mixtral"),
@@ -220,6 +221,8 @@ FULL = {
         case(2, dp_replicate=2, family="qwen2_moe"),
         case(2, tp=2),
         case(4, tp=2, family="gpt_oss", recompute="full"),
+        case(4, tp=4, sp=False, family="deepseek_v3", recompute="full"),
+        case(2, tp=2, cp=2, sp=False, family="gpt_oss"),
         case(1, tp=2, cp=2, family="qwen2_moe", dtype=torch.float32),
         case(4, cp=2, shards="packed for 2", micro=3, recompute="full"),
         case(2, pp=2, pp_schedule="interleaved-zb", pp_split="1,1"),

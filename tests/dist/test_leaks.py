@@ -146,7 +146,7 @@ PRODUCT = {
     2: [
         *(case(model, micro=2, ep=2) for model in EXPERTS),
         *(case(model, ep=2, cp=2, cp_method=method) for model in EXPERTS for method in METHODS),
-        *(case(model, ep=2, tp=2) for model in EXPERTS),
+        *(case(model, ep=2, tp=2, sp=sp) for model in EXPERTS for sp in (True, False)),
         *(case("gemma2", pp=2, pp_schedule=name) for name in SCHEDULES),
         *(case("gpt_oss, 8 layers", pp=2, pp_schedule=name) for name in SCHEDULES),
     ],

@@ -12,7 +12,12 @@ import train.data
 from formats.dataset import PackedDataset
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
+from train import hf
 from train.config import Config, Data, Layout, Model
+from train.mesh import build_mesh
+from train.model.decoder import Decoder
+from train.parallel.apply import parallelize
+from train.parallel.pipeline import kept_bytes
 from train.parallel.pp import SCHEDULES
 
 METHODS = ("gather", "needed", "ring", "ulysses")
@@ -157,3 +162,23 @@ def check(world, cases, places, wanted):
         for loss, error, parameter in results:
             assert loss == pytest.approx(wanted(model, dtype)[0], rel=LIMIT[dtype]), where
             assert error <= LIMIT[dtype], f"{parameter}: {where}"
+
+
+def kept(model_dir, layout):
+    """(bytes of weights and gradients that a rank of a pipeline keeps, how many parameters its stages have)."""
+    mesh = build_mesh(layout, torch.device("cpu"))
+    with torch.device("meta"):
+        model = Decoder(hf.read_config(model_dir))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    pipeline = parallelize(model, mesh, Config(data=Data(batch_packs=8), layout=layout))
+    held = sum(sizes[name] for name, _ in pipeline.named_parameters())
+    wide = kept_bytes(pipeline, None, None)
+    return wide, kept_bytes(pipeline, torch.bfloat16, torch.float32), held, pipeline.summary()
+
+
+def test_what_a_rank_keeps_whole_is_said(places):
+    """All parameters of its stages, however FSDP cuts them, and their gradients."""
+    for wide, mixed, held, summary in run_ranks(kept, 4, places["untied"], Layout(pp=2)):
+        assert wide == (4 * held, 4 * held)
+        assert mixed == (2 * held, 4 * held)
+        assert "stages of 5, 3 layers; a rank keeps its weights and their gradients whole" in summary

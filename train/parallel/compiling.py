@@ -22,18 +22,13 @@ def apply_compile(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     Like recompute, it wraps the forward function and not the module: parameters keep their names, and FSDP's hooks,
     which could not be traced, stay outside. Embedding and head are not compiled: the loss works chunk by chunk already.
 
-    Raises: ValueError for a mixture of experts.
+    Of a block with a mixture of experts only the attention is compiled: how many rows an expert has follows from the
+    data and is read by the host, and the counting of loads happens in a backward. Experts are matrix products anyway.
     """
-    if any(layer.experts for layer in model.config.layers):
-        raise ValueError(
-            "--compile needs the same shapes in every row, and how many tokens an expert gets is known only when they "
-            "are routed: leave --compile out for a mixture of experts"
-        )
     kinds = len(set(model.config.layers))
     graphs = 2 * kinds * LENGTHS  # training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
     for block in model.layers.children():
-        # How many rows an expert has follows from the data, so of a mixture's block only attention is compiled.
         part = block.attention if isinstance(block.mlp, MixtureOfExperts) else block
         part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False, backend=config.model.compile_backend)
     return model

@@ -24,11 +24,11 @@ POST_NORMS = {"layers.*.attention_post_norm": "stream", "layers.*.mlp_post_norm"
 HEAD_NORMS = {"layers.*.attention.q_norm": "whole", "layers.*.attention.k_norm": "whole"}
 # Over all heads of a projection, which lie on different ranks.
 PROJECTION_NORMS = {"layers.*.attention.q_norm": "features", "layers.*.attention.k_norm": "kv"}
-# Routers and shared experts see the tokens of the stream; the experts themselves are placed by train.parallel.ep.
+# Routers and shared experts see the tokens of their rank; the experts themselves are placed by train.parallel.ep.
 MIXTURE = {
-    "layers.*.mlp.router": "stream",
-    "layers.*.mlp.shared.*": "stream",
-    "layers.*.mlp.shared_gate": "stream",
+    "layers.*.mlp.router": "routed",
+    "layers.*.mlp.shared.*": "routed",
+    "layers.*.mlp.shared_gate": "routed",
 }
 # Every rank computes the latents, and of them its heads.
 LATENT = {

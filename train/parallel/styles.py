@@ -22,11 +22,11 @@ gradient that comes in, so a module with whole weights inside a row needs nothin
 | `row`      | linear                        | Shard(1)  | features → summands → stream                       |
 | `features` | norm over all heads           | Shard(0)  | features → features                                |
 | `vocab`    | embedding, head               | Shard(0)  | ids → summands → stream; stream → row → loss       |
-| `stream`   | norm, linear, embedding, head,| whole     | stream → stream                                    |
-|            | router                        |           |                                                    |
+| `stream`   | norm, linear, embedding, head | whole     | stream → stream                                    |
 |            | Mlp                           |           | the same for all its parts                         |
 | `whole`    | norm, linear                  | whole     | row → row, or features of a head                   |
 |            | Attention, Mlp                |           | stream → row → stream: every rank does all work    |
+| `routed`   | router, linear                | whole     | own tokens → own tokens, inside a mixture          |
 
 Where sizes are not multiples of n, ranks hold uneven parts (`torch.chunk`: the first ones the larger), exactly; FSDP
 then cuts their columns, of which there must be a multiple of its ranks.
@@ -215,33 +215,32 @@ class StreamHead(nn.Module):
 
 
 class WholeRouter(Router):
-    """A router with whole weights, for the tokens of the stream."""
+    """A router with whole weights, for the tokens of this rank."""
 
     def __init__(self, router: Router, site: Site):
         nn.Module.__init__(self)
         vars(self).update({name: value for name, value in vars(router).items() if name not in vars(self)})
-        self.grad = site.axis.stream_grad
         self.weight, self.bias = (site.place(router, name, Replicate()) for name in ("weight", "bias"))
         self.register_buffer("correction_bias", router.correction_bias)
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
-        return local(self.weight, Replicate(), self.grad), local(self.bias, Replicate(), self.grad)
+        return local(self.weight, Replicate(), Partial()), local(self.bias, Replicate(), Partial())
 
 
 def _mixture(mixture: MixtureOfExperts, site: Site) -> nn.Module:
-    """Experts are not cut over tensor ranks, which use them as data ranks do, each for its own tokens of the stream."""
-    axis = site.axis
-    if not axis.sequence:
-        raise ValueError(
-            "--no-sp: in a mixture of experts every tensor rank routes tokens of its own, which only sequence "
-            "parallelism gives it; leave --no-sp out"
-        )
+    """Experts are not cut over tensor ranks, which use them as data ranks do, each for its own tokens: those of the
+    stream, or with whole sequences its share of the row, of which it gives a summand back that is 0 elsewhere."""
+    axis, forward = site.axis, mixture.forward
 
-    def own_packs(_: nn.Module, args: tuple[Tensor, TokenPacks]) -> tuple[Tensor, TokenPacks]:
-        x_TD, packs = args
-        return x_TD, packs.of(slice(axis.rank * len(x_TD), (axis.rank + 1) * len(x_TD)))
+    def of_own_tokens(x_TD: Tensor, packs: TokenPacks) -> Tensor:
+        tokens = len(packs.pack)
+        own = axis.part(tokens)
+        if axis.sequence:
+            return forward(x_TD, packs.of(own))
+        out_TD = forward(axis.to_row(x_TD)[own], packs.of(own))
+        return axis.sum_to_stream(nn.functional.pad(out_TD, (0, 0, own.start, tokens - own.stop)))
 
-    mixture.register_forward_pre_hook(own_packs)
+    mixture.forward = of_own_tokens
     return mixture
 
 
@@ -309,8 +308,8 @@ STYLES: dict[str, dict[type, Callable[[nn.Module, Site], nn.Module]]] = {
         nn.Embedding: StreamEmbedding,
         Head: StreamHead,
         Mlp: lambda module, site: module,
-        Router: WholeRouter,
     },
+    "routed": {nn.Linear: _on_row(WholeLinear), Router: WholeRouter},
     "whole": {Norm: _on_row(WholeNorm), nn.Linear: _on_row(WholeLinear), Attention: _whole, Mlp: _whole},
 }
 """Style → type of module → what takes its place, made from the module and its `Site`."""

@@ -226,13 +226,16 @@ def test_round_trip_is_bit_equal(case, tmp_path):
 
 
 def test_no_token_reaches_another_document(case):
-    ours, _ = load(*case, torch.float32)
+    """To the bit; with experts nearly: a changed token may visit others, and a product with one row more may add in
+    another order."""
+    ours, _ = load(*case, torch.float64)
     ids, positions, _, segments = pack(random_documents(LENGTHS, 199))
     own = slice(sum(LENGTHS[:3]), sum(LENGTHS[:4]))
     with torch.no_grad():
         before = ours(ids, positions, segments)
         ids[own.start + 5] = (ids[own.start + 5] + 1) % 199
-        moved = (before != ours(ids, positions, segments)).any(1)
+        moved = (before - ours(ids, positions, segments)).abs().amax(1)
+    moved = moved > (0.0 if ours.config.moe is None else 1e-12)
     assert moved[own][5:7].all()
     moved[own] = False
     assert not moved.any()
