@@ -20,7 +20,11 @@ from torch import Tensor
 from formats.schema import IGNORE_INDEX
 from train.parallel.collectives import sum_over_ranks
 
-LOGIT_BYTES = 1 << 26  # of one chunk; larger was not faster on CPU, smaller re-reads the weight's gradient too often
+LOGIT_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+"""Of one chunk. On CPU larger was not faster, smaller re-reads the weight's gradient too often. On a GPU each chunk
+moves the weight twice and its float32 gradient once each way, 12 bytes a weight for 6 operations a token: an H200
+(989 TFLOP/s, 4.8 TB/s) needs 400 tokens to hide that; with 152k words a chunk has 880."""
+
 MIN_CHUNK, MAX_CHUNK = 128, 8192
 
 
@@ -51,7 +55,7 @@ def linear_cross_entropy(
     `targets_only` drops the other tokens before the head, which saves their share of its cost. How many targets there
     are then sets the shapes: the default does it on CPU, and not on CUDA, where reading that number would stall the
     launch queue and break static shapes. `chunk` is the number of tokens per chunk; by default the logits of one
-    take `LOGIT_BYTES`.
+    take `LOGIT_BYTES` of the device.
 
     With `vocab` the ranks of a group share out the words: `weight_VD` is this rank's part of the head, hidden states
     and labels (ids of the whole vocabulary) are the same on all. The loss is whole and the same number on all ranks;
@@ -65,7 +69,7 @@ def linear_cross_entropy(
     if chunk is None:
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         words = weight_VD.shape[0] if vocab is None else vocab.most  # the ranks must agree on the number of chunks
-        chunk = min(max(LOGIT_BYTES // (words * wide.itemsize), MIN_CHUNK), MAX_CHUNK)
+        chunk = min(max(LOGIT_BYTES[hidden_TD.device.type] // (words * wide.itemsize), MIN_CHUNK), MAX_CHUNK)
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T.long(), softcap, chunk, vocab)
 
 
@@ -85,10 +89,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
         grad_hidden = torch.zeros_like(hidden_TD) if want_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if want_weight else None
-        buffer_CV = hidden_TD.new_empty((min(chunk, hidden_TD.shape[0]), weight_VD.shape[0]))  # every chunk's logits
+        # Every chunk's logits, and what enters or leaves a matrix product in the type of the weights.
+        wide_CV = weight_VD.new_empty((min(chunk, len(hidden_TD)), len(weight_VD)), dtype=wide)
+        narrow_CV = wide_CV if wide == hidden_TD.dtype else torch.empty_like(wide_CV, dtype=hidden_TD.dtype)
         for start in range(0, hidden_TD.shape[0], chunk):
             hidden, labels = hidden_TD[start : start + chunk], labels_T[start : start + chunk]
-            logits = torch.mm(hidden, weight_VD.t(), out=buffer_CV[: len(labels)]).to(wide)
+            logits = _multiply(hidden, weight_VD.t(), narrow_CV[: len(labels)], wide_CV[: len(labels)])
             if softcap is not None:
                 logits.div_(softcap).tanh_()
                 slope = 1 - logits * logits if want_hidden or want_weight else None
@@ -112,13 +118,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(1, index, -(is_target & is_here).to(wide))
             if softcap is not None:
                 grad_logits *= slope
-            grad_logits = grad_logits.to(hidden.dtype)
+            if narrow_CV is not wide_CV:
+                grad_logits = narrow_CV[: len(labels)].copy_(grad_logits)
             if want_hidden:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[start : start + chunk])
-            if want_weight and wide == hidden.dtype:
-                grad_weight.addmm_(grad_logits.t(), hidden)
-            elif want_weight:
-                grad_weight += grad_logits.t() @ hidden
+            if want_weight:
+                _add_product(grad_weight, grad_logits.t(), hidden)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         return loss
 
@@ -130,6 +135,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = torch.mul if kept else torch.Tensor.mul_
         grads = [None if grad is None else scale(grad, grad_loss) for grad in ctx.saved_tensors]
         return *grads, None, None, None, None
+
+
+def _multiply(left: Tensor, right: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
+    """left · right in `wide`. cuBLAS leaves it there as it was summed; on CPU it is rounded to the factors' type first,
+    in `narrow`."""
+    if wide.dtype == left.dtype:
+        return torch.mm(left, right, out=wide)
+    if wide.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=wide.dtype, out=wide)
+    return wide.copy_(torch.mm(left, right, out=narrow))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total` += left · right, on CUDA neither rounded nor written anywhere before it is added."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 def _own_column(labels_C1: Tensor, vocab: VocabPart | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-LOGIT_BYTES, MIN_CHUNK, MAX_CHUNK = 1 << 26, 128, 8192
+CPU_LOGIT_BYTES, GPU_LOGIT_BYTES, MIN_CHUNK, MAX_CHUNK = 1 << 26, 1 << 29, 128, 8192
 """How many logits exist at a time: the constants of `train/loss.py`."""
 RECOMPUTE = ("none", "selective", "full")
 
@@ -18,8 +18,8 @@ RECOMPUTE = ("none", "selective", "full")
 class Layout:
     """How a run is spread. Sizes of the axes as in the trainer; `ep` divides dp_shard · cp · tp. `tokens`: of one
     row, all context-parallel ranks together. `rows`: rows of a step on one rank (accumulation, pipeline
-    microbatches). `bytes`: of a parameter in forward and backward (2: bfloat16). `fused`: the optimizer needs no
-    temporaries, as on a GPU."""
+    microbatches). `bytes`: of a parameter in forward and backward (2: bfloat16). `gpu`: the optimizer needs no
+    temporaries, and the head takes larger chunks."""
 
     tokens: int
     pp: int = 1
@@ -31,7 +31,7 @@ class Layout:
     rows: int = 1
     bytes: int = 2
     recompute: str = "full"
-    fused: bool = True
+    gpu: bool = True
 
     @property
     def shards(self) -> int:
@@ -99,7 +99,7 @@ def memory(config: Mapping, layout: Layout) -> dict[str, int]:
     again = (widest * tokens if layout.recompute == "full" else 0) + widest * tokens // 2 + gathered_keys
     backward = layout.bytes * again + ((layout.bytes + 4) * whole if sharded else 0)
     head = _head(tokens, hidden, vocabulary // layout.tp, layout)
-    step = 0 if layout.fused else 4 * local
+    step = 0 if layout.gpu else 4 * local
     # (gradients, activations, working) at the moments that can be the highest. Gradients of the first row come while
     # its activations go; those of further rows find them all.
     moments = [(gradients, 0, backward), (gradients, 0, step)]
@@ -128,7 +128,8 @@ def _kept(layer: Layer, layout: Layout, hidden: int) -> float:
 
 def _head(tokens: int, hidden: int, vocabulary: int, layout: Layout) -> int:
     """Normed input and its gradient, a chunk of logits (float32 beside a narrower type), the weight's gradient."""
-    chunk = min(max(LOGIT_BYTES // (4 * vocabulary), MIN_CHUNK), MAX_CHUNK, tokens)
+    logit_bytes = GPU_LOGIT_BYTES if layout.gpu else CPU_LOGIT_BYTES
+    chunk = min(max(logit_bytes // (4 * vocabulary), MIN_CHUNK), MAX_CHUNK, tokens)
     logits = chunk * vocabulary * (4 if layout.bytes == 4 else layout.bytes + 4)
     weight = vocabulary * hidden * (4 if layout.bytes == 4 else layout.bytes + 4)
     return 3 * tokens * hidden * layout.bytes + logits + weight

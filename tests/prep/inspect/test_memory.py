@@ -100,7 +100,7 @@ def tracked(config: dict, tokens: int, recompute: str, rows: int) -> int:
     ("recompute", "rows", "tokens"), [("none", 1, 1024), ("selective", 2, 1024), ("full", 1, 1024)]
 )
 def test_the_estimate_is_what_a_tracked_step_takes(recompute, rows, tokens):
-    layout = Layout(tokens, rows=rows, bytes=4, recompute=recompute, fused=False)
+    layout = Layout(tokens, rows=rows, bytes=4, recompute=recompute, gpu=False)
     estimate = memory(DENSE, layout)["total"]
     assert estimate == pytest.approx(tracked(DENSE, tokens, recompute, rows), rel=0.1)
 
