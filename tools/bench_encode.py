@@ -103,7 +103,7 @@ def floor(path: Path, out: Path) -> None:
 
     out.mkdir()
     sources = as_sources([path])
-    units = cut_units(find_inputs(sources), sources, 4 << 20)
+    units = cut_units(find_inputs(sources)[0], sources, 4 << 20)
     run_units(functools.partial(_floor_unit, str(out), sources[0]), units, PROCESSES)
 
 

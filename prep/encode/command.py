@@ -174,13 +174,14 @@ def _summary(out: str, content: dict | None, unit_range: str | None) -> dict:
     if content is None:
         return {"store": out, "finished": False, "unit_range": unit_range}
     names = ("rows", "tokens", "target_tokens", "engine", "sources", "ledger", "template_hash", "tokenizer_hash")
+    names += ("left_out",)
     return {"store": out, "finished": True, "units": len(content["units"]), **{name: content[name] for name in names}}
 
 
 def _print_summary(out: str, content: dict) -> None:
     total = content["ledger"]["total"]
     share = 100 * content["target_tokens"] / max(1, content["tokens"])
-    notes = dict(total["notes"])
+    notes = {name: count for name, count in total["notes"].items() if name != "files_of_unknown_format"}
     compared = notes.pop("compared_with_hf", 0)
     click.echo(
         f"{out}: {content['rows']:,} documents, {content['tokens']:,} tokens, {share:.1f} % of them targets; "
@@ -190,3 +191,7 @@ def _print_summary(out: str, content: dict) -> None:
         click.echo(f"  dropped, {reason}: {count['documents']:,} documents, {count['tokens']:,} tokens")
     for name, count in sorted(notes.items()):
         click.echo(f"  {name.replace('_', ' ')}: {count:,}")
+    for source, others in sorted(content.get("left_out", {}).items()):
+        count = content["ledger"]["sources"][source]["notes"]["files_of_unknown_format"]
+        more = f" and {count - len(others):,} more" if count > len(others) else ""
+        click.echo(f"  left out of {source}, of unknown format: {', '.join(others)}{more}")

@@ -4,10 +4,11 @@ import glob
 import gzip
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import xxhash
@@ -33,51 +34,124 @@ def filesystem(path: str, **options):
         raise ValueError(f"{path}: {error}") from None
 
 
-def is_folder(path: str) -> bool:
-    if not is_remote(path):
-        return os.path.isdir(path)
-    fs, inner = filesystem(path)
-    return fs.isdir(inner)
+class AddressError(OSError):
+    """What a store of objects or a web server answered instead of data."""
 
 
-def expand(path: str) -> list[str]:
-    """A file, a glob, or a folder (all files below it, but for hidden ones) → files, sorted.
+@contextmanager
+def _answering(path: str) -> Iterator[None]:
+    """Errors of the other side, of whatever kind (each library has its own), as OSError with the address."""
+    try:
+        yield
+    except (FileNotFoundError, AddressError):
+        raise
+    except Exception as error:
+        raise AddressError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def is_web(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+def bare(path: str) -> str:
+    """A path without the query that an address of the web may have behind its name."""
+    return re.split("[?#]", path, maxsplit=1)[0] if is_web(path) else path
+
+
+class Found(NamedTuple):
+    """Files that a name leads to, sorted: (path, name), the name relative to the folder or the fixed part of the glob.
+
+    is_file: the name is that of the one file itself.
+    """
+
+    files: list[tuple[str, str]]
+    is_file: bool
+
+
+def expand(path: str) -> Found:
+    """A file, a glob, or a folder (all files below it) → files. What is hidden (. or _ before the name of the file or
+    of a folder above it) is left out, unless the glob itself says so.
 
     Raises:
         ValueError: nothing is there.
+        OSError: the address does not answer.
     """
+    is_glob = bool(_GLOB & set(path))
+    kind, reason = _kind(path)
+    if kind == "file":
+        return Found([(path, os.path.basename(bare(path)))], True)
+    root, pattern = _split_glob(path) if is_glob and kind is None else (path.rstrip("/"), "")
     if is_remote(path):
         fs, inner = filesystem(path)
-        if _GLOB & set(inner):
-            found = fs.glob(inner)
-        elif fs.isdir(inner):
-            found = fs.find(inner)
-        else:
-            found = [inner] if fs.exists(inner) else []
-        found = [fs.unstrip_protocol(name) for name in found]
-    elif os.path.isfile(path):
-        found = [path]
-    elif os.path.isdir(path):
-        found = [str(p) for p in Path(path).rglob("*") if p.is_file() and not _hidden(p.relative_to(path))]
+        with _answering(path):
+            listed = fs.find(inner) if kind else fs.glob(inner) if is_glob else []
+            # An empty object of the name of a folder is how some tools make one.
+            names = [fs.unstrip_protocol(name) for name in listed if not name.endswith("/")]
+    elif kind:
+        names = [str(p) for p in Path(path).rglob("*") if p.is_file()]
     else:
-        found = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)] if _GLOB & set(path) else []
-    if not found:
-        what = (
-            "no file matches" if _GLOB & set(path) else "no file in this folder" if is_folder(path) else "no such file"
-        )
-        raise ValueError(f"{path}: {what}; check the name")
-    return sorted(found)
+        names = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)] if is_glob else []
+    marks = tuple({part[:1] for part in pattern.split("/")} & set("._"))
+    relative = [(name, os.path.relpath(name, root)) for name in names]
+    relative = [(name, shown) for name, shown in relative if not _is_hidden(shown, marks)]
+    if not relative:
+        what = "no file in this folder" if kind else "no file matches" if is_glob else "no such file"
+        raise ValueError(f"{path}: {what}{reason}; check the name")
+    return Found(sorted(relative), False)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
+def _kind(path: str) -> tuple[str | None, str]:
+    """(`file`, `directory` or None, why it is none as far as somebody says)."""
+    if not is_remote(path):
+        return "file" if os.path.isfile(path) else "directory" if os.path.isdir(path) else None, ""
+    fs, inner = filesystem(path)
+    if is_web(path) and path.endswith("/"):
+        return "directory", ""
+    try:
+        with _answering(path):
+            return fs.info(inner)["type"], ""
+    except FileNotFoundError as error:
+        return None, f" ({error.__cause__})" if error.__cause__ else ""
+
+
+def _split_glob(path: str) -> tuple[str, str]:
+    """(the folders before the first that holds a pattern, the rest)."""
+    parts = path.split("/")
+    first = next(k for k, part in enumerate(parts) if _GLOB & set(part))
+    return "/".join(parts[:first]) or ("/" if first else "."), "/".join(parts[first:])
+
+
+def _is_hidden(name: str, marks: tuple[str, ...]) -> bool:
+    return any(part.startswith((".", "_")) and not part.startswith(marks) for part in name.split("/"))
+
+
+def is_file(path: str) -> bool:
+    """Whether a file of this name is there."""
+    return _kind(path)[0] == "file"
+
+
+def is_seekable(path: str) -> bool:
+    """Whether reading can begin in the middle: not everywhere on the web, so it is tried there."""
+    if not is_web(path):
+        return True
+    fs, inner = filesystem(path)
+    with _answering(path):
+        try:
+            with fs.open(inner, "rb", block_size=1 << 10) as file:
+                file.seek(1)
+                file.read(1)
+        except ValueError:  # what fsspec has for such a server
+            return False
+        return True
 
 
 def file_size(path: str) -> int:
+    """Bytes; 0 where a web server does not say."""
     if not is_remote(path):
         return os.path.getsize(path)
     fs, inner = filesystem(path)
-    return int(fs.size(inner))
+    with _answering(path):
+        return int(fs.size(inner) or 0)
 
 
 def file_stamp(path: str) -> tuple[int, int] | None:
@@ -89,25 +163,56 @@ def file_stamp(path: str) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def file_hash(path: str) -> str:
-    """xxh3-128 of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with open_binary(path) as file:
+def file_facts(path: str) -> tuple[int, str]:
+    """(bytes, xxh3-128) of a file."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open_binary(path, streaming=True) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-    return digest.hexdigest()
+            size += len(block)
+    return size, digest.hexdigest()
 
 
 @contextmanager
-def open_binary(path: str) -> Iterator[BinaryIO]:
-    """A seekable binary file; errors of the store come as OSError."""
+def open_binary(path: str, streaming: bool = False) -> Iterator[BinaryIO]:
+    """A binary file; errors of the store come as OSError. `streaming`: it is read from the begin to the end, which
+    every web server can; else it is seekable."""
     if is_remote(path):
         fs, inner = filesystem(path)
-        with fs.open(inner, "rb") as file, io.BufferedReader(file, _BLOCK) as buffered:
+        with _answering(path):
+            file = fs.open(inner, "rb", **({"block_size": 0} if streaming and is_web(path) else {}))
+        with file, io.BufferedReader(_Addressed(file, path), _BLOCK) as buffered:
             yield buffered
     else:
         with open(path, "rb") as file:
             yield file
+
+
+class _Addressed(io.RawIOBase):
+    """A file behind an address, whose errors name it."""
+
+    def __init__(self, file: BinaryIO, path: str):
+        self._file = file
+        self._path = path
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def readinto(self, buffer) -> int:
+        with _answering(self._path):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        with _answering(self._path):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 @contextmanager
@@ -117,13 +222,13 @@ def open_decompressed(path: str) -> Iterator[BinaryIO]:
     Raises:
         ValueError: the compressed stream is damaged or ends early.
     """
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = os.path.splitext(bare(path))[1].lower()
     if suffix not in COMPRESSIONS:
-        with open_binary(path) as file:
+        with open_binary(path, streaming=True) as file:
             yield file
         return
     try:
-        with open_binary(path) as file:
+        with open_binary(path, streaming=True) as file:
             if suffix == ".gz":
                 with gzip.open(file) as stream:
                     yield stream
@@ -132,7 +237,7 @@ def open_decompressed(path: str) -> Iterator[BinaryIO]:
     except (EOFError, gzip.BadGzipFile, pa.ArrowException) as error:
         raise ValueError(f"{path}: the compressed file is damaged or cut off ({error})") from None
     except OSError as error:
-        if error.errno is not None:
+        if error.errno is not None or isinstance(error, AddressError):
             raise
         raise ValueError(f"{path}: the compressed file is damaged or cut off ({error})") from None
 

@@ -51,14 +51,16 @@ def describe(path: str) -> tuple[int, str]:
     digest, size = xxhash.xxh3_128(), 0
     for file, origin in zip(splits[split], splits[split].origin_metadata, strict=True):
         size += files.file_size(file)
-        digest.update((repr((file, origin)) if files.is_remote(file) else files.file_hash(file)).encode())
+        digest.update((repr((file, origin)) if files.is_remote(file) else files.file_facts(file)[1]).encode())
     return size, digest.hexdigest()
 
 
 def read_hub(path: str, first_row: int) -> Iterator[tuple[int, object]]:
     """(row, record) of the whole split, streamed."""
+    builder, row = _builder(path), first_row
     try:
-        rows = _builder(path).as_streaming_dataset(split=parse(path).split)
+        for record in builder.as_streaming_dataset(split=parse(path).split):
+            yield row, record
+            row += 1
     except Exception as error:
-        raise ValueError(f"{path}: datasets cannot read it ({error})") from None
-    yield from enumerate(rows, first_row)
+        raise ValueError(f"{path}, row {row + 1}: datasets cannot read it ({error})") from None

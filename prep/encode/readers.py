@@ -6,6 +6,7 @@ position says where it stands; `locate` turns it into words for a message.
 
 import codecs
 import csv
+import os
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -20,6 +21,7 @@ _BLOCK = 1 << 20
 _ROWS = 256  # rows of a columnar batch that are Python objects at a time
 _BOM = codecs.BOM_UTF8
 _MAX_RECORD = 1 << 30
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's "Encapsulated message format": continuation, length 0
 _BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
@@ -277,3 +279,6 @@ def _batches(unit: Unit) -> Iterator[pa.RecordBatch]:
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             yield from pa.ipc.open_stream(file)
+            file.seek(-len(_END_OF_STREAM), os.SEEK_END)
+            if file.read() != _END_OF_STREAM:
+                raise ValueError(f"{unit.path}: the Arrow stream is cut off: the mark of its end is missing")

@@ -35,6 +35,7 @@ from prep.encode.unit import Job, encode_unit
 from prep.engine.local import Workers
 from prep.ledger import LEDGER_NAME, Ledger
 
+_NAMES_SHOWN = 20  # of the files that were left out of a source; the ledger has their number
 _PACKAGES = ("jinja2", "numpy", "orjson", "pyarrow", "tokenizers", "xxhash")
 
 
@@ -93,7 +94,7 @@ def write_store(
     check_tokenizer_folder(options.tokenizer)
     sources = as_sources(inputs)
     check_shares(sources)
-    files = find_inputs(sources)
+    files, left_out = find_inputs(sources)
     stamps = [file_stamp(file.path) for file in files]
     units = cut_units(files, sources, options.unit_bytes)
     count = min(workers, len(units)) if runner == "local" else 1
@@ -118,7 +119,7 @@ def write_store(
                         raise ValueError(
                             f"{file.path}: changed while it was read; encode again when nobody writes to it"
                         )
-                return _finish(storage, job, results, plan) if unit_range is None else None
+                return _finish(storage, job, results, plan, left_out) if unit_range is None else None
             except TooManyErrorsError:
                 raise
             except OSError as error:  # a full disk, a refused put, an input that vanished, a worker that was killed
@@ -151,12 +152,16 @@ def _on_ray(address: str | None) -> Callable:
     return functools.partial(run_units, address=address)
 
 
-def _finish(storage: FolderStorage | RemoteStorage, job: Job, results: Sequence[UnitResult], plan: dict) -> dict:
+def _finish(
+    storage: FolderStorage | RemoteStorage, job: Job, results: Sequence[UnitResult], plan: dict, left_out: dict
+) -> dict:
     """All units are done: add up the ledger, choose the rows, write store.json."""
     options, sources = job.options, job.sources
     ledger = Ledger()
     for source in sources:
         ledger.open(source.name)
+    for source, others in left_out.items():
+        ledger.note(source, "files_of_unknown_format", len(others))
     for result in results:
         ledger.merge(Ledger.from_json(result.ledger))
     ledger.check()
@@ -164,6 +169,7 @@ def _finish(storage: FolderStorage | RemoteStorage, job: Job, results: Sequence[
     names = [source.name for source in sources]
     counts = [sum(result.rows for result in results if result.source == name) for name in names]
     content = store_content(plan, results, ledger, source_ranges(names, counts))
+    content["left_out"] = {source: others[:_NAMES_SHOWN] for source, others in left_out.items()}
     if any(counts):
         content = _select(storage, content, sources, ledger, options)
     if content["rows"] == 0:

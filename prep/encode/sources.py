@@ -98,6 +98,7 @@ class Unit:
     index: int
     source: int
     path: str
+    name: str
     format: str
     start: int
     stop: int
@@ -140,61 +141,71 @@ def as_sources(inputs: Sequence["str | os.PathLike | SourceSpec"], **defaults) -
     return specs
 
 
-def find_inputs(specs: Sequence[SourceSpec]) -> list[InputFile]:
-    """The files of all sources, in order, each with its size and hash.
+def find_inputs(specs: Sequence[SourceSpec]) -> tuple[list[InputFile], dict[str, list[str]]]:
+    """The files of all sources, in order, each with its size and hash; and the names of files that folders and globs
+    hold beside them, of no known format: {source: names}.
 
     Raises:
         ValueError: a name that leads nowhere, or a file of unknown format; the message names it.
+        OSError: an address that does not answer.
     """
     found: list[InputFile] = []
+    left_out: dict[str, list[str]] = {}
     seen: dict[str, int] = {}
     for number, spec in enumerate(specs):
         for path in spec.paths:
-            for entry in _expand(path, spec):
-                label = os.path.basename(entry.path.rstrip("/"))
-                count = seen[label] = seen.get(label, 0) + 1
-                name = label if count == 1 else f"{label}#{count}"
+            entries, others = _expand(path.removeprefix("file://"), spec)
+            if others:
+                left_out.setdefault(spec.name, []).extend(others)
+            for entry in entries:
+                count = seen[entry.name] = seen.get(entry.name, 0) + 1
+                name = entry.name if count == 1 else f"{entry.name}#{count}"
                 found.append(InputFile(entry.path, name, number, entry.format, entry.bytes, entry.hash))
-    return found
+    return found, left_out
 
 
 @dataclass(frozen=True)
 class _Entry:
     path: str
+    name: str
     format: str
     bytes: int
     hash: str
 
 
-def _expand(path: str, spec: SourceSpec) -> list[_Entry]:
+def _expand(path: str, spec: SourceSpec) -> tuple[list[_Entry], list[str]]:
+    """The files of a path, and the names of those of no known format."""
     if path.startswith("hf:"):
         # `datasets` takes a second to import: only its own sources pay for it.
         from prep.encode.hub import describe
 
-        return [_Entry(path, "hf", *describe(path))]
-    folder, _, split = path.partition("#") if not os.path.exists(path) else (path, "", "")
-    saved = _saved_dataset(folder, split)
-    names = saved if saved is not None else files.expand(path)
-    entries = []
-    for name in names:
-        kind = spec.format or _format(name, alone=len(names) == 1)
+        return [_Entry(path, os.path.basename(path.rstrip("/")), "hf", *describe(path))], []
+    saved = _saved_dataset(path.rstrip("/"))
+    found = saved if saved is not None else files.expand(path)
+    entries, others = [], []
+    for place, name in found.files:
+        kind = spec.format or _format(place) or ("jsonl" if found.is_file else None)
         if kind is None:
+            others.append(name)
             continue
-        size = files.file_size(name)
+        size, digest = files.file_facts(place)
         if kind == "json":
-            kind = "json" if size and _is_array(name) else "jsonl"
-        entries.append(_Entry(name, kind, size, files.file_hash(name)))
+            kind = "json" if size and _is_array(place) else "jsonl"
+        entries.append(_Entry(place, name, kind, size, digest))
     if not entries:
-        raise ValueError(f"{path}: no file of a known format; endings known are {', '.join(_ENDINGS)} (and .gz, .zst)")
-    return entries
+        raise ValueError(
+            f"{path}: no file of a known format (but {others[0]}); endings known are {', '.join(_ENDINGS)} (and .gz, "
+            ".zst), --input-format names one for all"
+        )
+    return entries, others
 
 
-def _format(path: str, alone: bool) -> str | None:
-    """Format by ending. A file named by itself is taken for JSONL without a known one; others in a folder are left."""
-    base, suffix = os.path.splitext(path.lower())
+def _format(path: str) -> str | None:
+    """Format by the ending of the name."""
+    base, suffix = os.path.splitext(files.bare(path).lower())
     if suffix in files.COMPRESSIONS:
         suffix = os.path.splitext(base)[1]
-    return _ENDINGS.get(suffix, "jsonl" if alone else None)
+    return _ENDINGS.get(suffix)
 
 
 def _is_array(path: str) -> bool:
@@ -202,23 +213,34 @@ def _is_array(path: str) -> bool:
         return file.read(_PEEK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def _saved_dataset(folder: str, split: str) -> list[str] | None:
-    """The Arrow files of a folder that `datasets` wrote with save_to_disk; None when it is no such folder."""
-    if files.is_remote(folder) or not os.path.isdir(folder):
+def _saved_dataset(path: str) -> files.Found | None:
+    """The Arrow files of a folder (or FOLDER#SPLIT) that `datasets` wrote with save_to_disk; None when it is none."""
+    if files.is_web(path) or path.endswith(tuple(_ENDINGS)) or set("*?[") & set(path):
         return None
-    splits = os.path.join(folder, "dataset_dict.json")
-    if os.path.isfile(splits):
-        with open(splits, encoding="utf-8") as file:
-            names = json.load(file)["splits"]
+    folder, _, split = path.rpartition("#") if "#" in path else (path, "", "")
+    if split and files.is_file(f"{path}/state.json"):  # a # of the folder's own name
+        folder, split = path, ""
+    splits = f"{folder}/dataset_dict.json"
+    if files.is_file(splits):
+        names = _json_at(splits)["splits"]
         if split not in names:
             wanted = f"no split {split!r}" if split else "several splits"
             raise ValueError(f"{folder}: holds {wanted}; name one as {folder}#SPLIT, of {', '.join(names)}")
-        folder = os.path.join(folder, split)
-    state = os.path.join(folder, "state.json")
-    if not os.path.isfile(state):
+        folder = f"{folder}/{split}"
+    elif split:
         return None
-    with open(state, encoding="utf-8") as file:
-        return [os.path.join(folder, entry["filename"]) for entry in json.load(file)["_data_files"]]
+    if not files.is_file(f"{folder}/state.json"):
+        return None
+    names = [entry["filename"] for entry in _json_at(f"{folder}/state.json")["_data_files"]]
+    return files.Found([(f"{folder}/{name}", name) for name in names], False)
+
+
+def _json_at(path: str) -> dict:
+    with files.open_binary(path) as file:
+        try:
+            return json.loads(file.read())
+        except ValueError as error:
+            raise ValueError(f"{path}: not readable as JSON ({error})") from None
 
 
 def cut_units(inputs: Sequence[InputFile], specs: Sequence[SourceSpec], unit_bytes: int) -> list[Unit]:
@@ -232,7 +254,17 @@ def cut_units(inputs: Sequence[InputFile], specs: Sequence[SourceSpec], unit_byt
         cut = _cutter(file, specs[file.source])
         for part in cut(file, unit_bytes):
             units.append(
-                Unit(len(units), file.source, file.path, file.format, part.start, part.stop, part.bytes, part.first_row)
+                Unit(
+                    len(units),
+                    file.source,
+                    file.path,
+                    file.name,
+                    file.format,
+                    part.start,
+                    part.stop,
+                    part.bytes,
+                    part.first_row,
+                )
             )
     return units
 
@@ -240,10 +272,10 @@ def cut_units(inputs: Sequence[InputFile], specs: Sequence[SourceSpec], unit_byt
 def _cutter(file: InputFile, spec: SourceSpec) -> Callable[[InputFile, int], list[_Cut]]:
     if file.format == "hf":
         return _whole
-    if file.path.lower().endswith(files.COMPRESSIONS):
+    if files.bare(file.path).lower().endswith(files.COMPRESSIONS):
         return _whole
     if file.format == "jsonl" or (file.format == "text" and spec.text_by == "line"):
-        return _by_bytes
+        return _by_bytes if files.is_seekable(file.path) else _whole
     return {"parquet": _by_row_groups, "arrow": _by_batches}.get(file.format, _whole)
 
 

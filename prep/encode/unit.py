@@ -213,7 +213,7 @@ class _UnitRun:
             text = record.decode(errors="backslashreplace")
         else:
             text = record.content if type(record) is Unreadable else repr(record)
-        where = locate(self._unit, position).replace(self._unit.path, Path(self._unit.path).name, 1)
+        where = locate(self._unit, position).replace(self._unit.path, self._unit.name, 1)
         self.rejected.append(
             json.dumps({"where": where, "reason": str(error), "record": text[:_REJECT_CHARACTERS]}, ensure_ascii=True)
         )

@@ -56,7 +56,7 @@ def read_lengths(inputs: Sequence[str], tokenizer: str | None, sample_bytes: int
         raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
     options = EncodeOptions(tokenizer=str(tokenizer))
     sources = as_sources(inputs)
-    files = find_inputs(sources)
+    files, _ = find_inputs(sources)
     unit_bytes = max(UNIT_BYTES, sum(file.bytes for file in files) // MOST_UNITS)
     units = cut_units(files, sources, unit_bytes)
     sizes = np.array([unit.bytes for unit in units], np.int64)

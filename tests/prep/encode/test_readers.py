@@ -183,7 +183,7 @@ def test_bad_rows_of_csv_are_bad_records(tmp_path, byte_level):
     ]
     # A quote that swallows more than its own line is no bad record: nobody knows how many it took.
     path.write_text('text\none\n"never closed\ntwo\nthree\n')
-    with pytest.raises(ValueError, match="row 2: .* a quote that opens there is never closed, and 2"):
+    with pytest.raises(ValueError, match=r"row 2: .* a quote that opens there is never closed, and 2"):
         run(path, tmp_path / "u", byte_level, on_error="skip")
     path.write_text("text,n,text\na,1,b\n")
     with pytest.raises(ValueError, match="two columns are called 'text'"):

@@ -1,10 +1,16 @@
 """From what the command line names to work units: folders, globs, cuts, refusals."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from encoding_runs import documents, run, texts, write_jsonl
+
+from prep.cli import main
+from prep.encode.store import DocumentStore
 
 
 def test_folders_and_globs(tmp_path, byte_level):
@@ -20,6 +26,62 @@ def test_folders_and_globs(tmp_path, byte_level):
     assert documents(store) == expected
     assert store.info.sources == (("in", 0, 30),)
     assert documents(run(f"{tmp_path}/in/**/[ab].jsonl", tmp_path / "s2", byte_level)) == expected[:20]
+    assert documents(run(f"file://{tmp_path}/in", tmp_path / "s3", byte_level)) == expected
+
+
+def test_globs_leave_hidden_files_as_folders_do(tmp_path, byte_level):
+    for name in ("a.jsonl", "_b.jsonl", ".c.jsonl", "_tmp/d.jsonl", ".git/e.jsonl", "f/g.jsonl", "f/_h/i.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "in" / name, [{"text": name}])
+    for k, (pattern, count) in enumerate(
+        [("in/**/*.jsonl", 2), ("in/*.jsonl", 1), ("in/_*.jsonl", 1), ("in/_tmp/*", 1), ("in/*/_h/*", 1), ("i*", 0)]
+    ):
+        if count:
+            assert len(run(f"{tmp_path}/{pattern}", tmp_path / f"s{k}", byte_level)) == count, pattern
+        else:
+            with pytest.raises(ValueError, match="no file matches"):
+                run(f"{tmp_path}/{pattern}", tmp_path / f"s{k}", byte_level)
+
+
+def test_files_of_unknown_format_are_counted_and_named(tmp_path, byte_level):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts(3))
+    (tmp_path / "in" / "b.jsonl.bz2").write_bytes(b"x")
+    (tmp_path / "in" / "deep" / "README").write_text("x")
+    command = ["encode", tmp_path / "in", "--out", tmp_path / "s", "--tokenizer", byte_level]
+    result = CliRunner().invoke(main, list(map(str, command)))
+    assert "left out of in, of unknown format: b.jsonl.bz2, deep/README" in result.output
+    store = DocumentStore.open(tmp_path / "s")
+    assert store.ledger.total()["notes"]["files_of_unknown_format"] == 2
+    # Nothing else there: not taken for JSONL, as a file that is named by itself is.
+    with pytest.raises(ValueError, match=r"no file of a known format \(but README\)"):
+        run(tmp_path / "in" / "deep", tmp_path / "t", byte_level)
+    write_jsonl(tmp_path / "in" / "deep" / "README", texts(2))
+    assert len(run(tmp_path / "in" / "deep" / "README", tmp_path / "u", byte_level)) == 2
+
+
+def test_a_rejected_record_is_named_by_its_place_in_the_folder(tmp_path, byte_level):
+    for name in ("x/a.jsonl", "y/a.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_text('{"text": "fine"}\n{\n')
+    for k, named in enumerate(("in", "in/*/a.jsonl")):
+        store = run(f"{tmp_path}/{named}", tmp_path / f"s{k}", byte_level, on_error="skip")
+        lines = (store.path / "rejects.jsonl").read_text().splitlines()
+        assert [json.loads(line)["where"] for line in lines] == ["x/a.jsonl, line 2", "y/a.jsonl, line 2"]
+        assert [entry["name"] for entry in store.info.inputs] == ["x/a.jsonl", "y/a.jsonl"]
+
+
+def test_an_arrow_stream_without_its_end_is_cut_off(tmp_path, byte_level):
+    """Cut where a record batch ends, it would pass for a whole one."""
+    table = pa.Table.from_pylist(texts(40))
+    path = tmp_path / "a.arrow"
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=10):
+            writer.write_batch(batch)
+    assert len(run(path, tmp_path / "s", byte_level)) == 40
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"a\.arrow: the Arrow stream is cut off"):
+        run(path, tmp_path / "t", byte_level)
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, 100, 5000, 10**9])
