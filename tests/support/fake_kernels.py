@@ -62,6 +62,16 @@ def dense_gradients(dout, q, k, v, out, lse, ends_q, ends_k, scale, causal, left
     return grads
 
 
+def _write_gradients(targets, grads, ends_q, ends_k):
+    """What a kernel leaves in its buffers: it is launched for the queries, so where a document has keys alone, the rows
+    of those are as they were."""
+    targets[0].copy_(grads[0])
+    for (q0, q1), (k0, k1) in zip(_spans(ends_q), _spans(ends_k), strict=True):
+        for target, grad in zip(targets[1:], grads[1:], strict=True):
+            if q1 > q0:
+                target[k0:k1] = grad[k0:k1]
+
+
 def _spans(ends):
     assert ends.dtype == torch.int32
     return list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
@@ -96,8 +106,7 @@ def _flash_attn_varlen_backward(
     assert alibi_slopes is None
     given = dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal
     grads = dense_gradients(*given, window_size_left, window_size_right, softcap)
-    for target, grad in zip((dq, dk, dv), grads, strict=True):
-        target.copy_(grad)
+    _write_gradients((dq, dk, dv), grads, cu_seqlens_q, cu_seqlens_k)
     return torch.empty(0)
 
 
@@ -125,8 +134,7 @@ def _flash_attn_backward(
 ):  # fmt: skip
     given = dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, is_causal
     grads = dense_gradients(*given, window_size_left, window_size_right, softcap)
-    for target, grad in zip((dq, dk, dv), grads, strict=True):
-        target.copy_(grad)
+    _write_gradients((dq, dk, dv), grads, cu_seqlens_q, cu_seqlens_k)
     return torch.empty(0)
 
 
@@ -159,7 +167,9 @@ def _flash_attn_bwd(
 ):  # fmt: skip
     left, right = (-1 if bound is None else bound for bound in (window_size_left, window_size_right))
     given = dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal
-    return tuple(dense_gradients(*given, left, right, softcap))
+    targets = [torch.full_like(x, torch.nan) if d is None else d for x, d in zip((q, k, v), (dq, dk, dv), strict=True)]
+    _write_gradients(targets, dense_gradients(*given, left, right, softcap), cu_seqlens_q, cu_seqlens_k)
+    return tuple(targets)
 
 
 # Transformer Engine

@@ -2,13 +2,15 @@
 
 FlashAttention 2, 3 and 4 are separate packages, written for different GPUs, with different functions. Used is the one
 for the GPU at hand: 4 for Blackwell and later, 3 for Hopper, else the newest installed that runs there. Called are the
-functions under the packages' own autograd classes (flash-attn 2.8, 3 and 4 as published in August 2026), because ring
+functions under the packages' own autograd classes (flash-attn 2.8, 3, and 4 from its 24th beta), because ring
 attention needs a log-sum-exp out of the forward pass and one of its own into the backward. All three align causal masks
 bottom-right, count in a window the keys left of the query's own, group query heads themselves and return the
 log-sum-exp as float32[N, T].
 """
 
 import functools
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,15 +26,16 @@ class Package:
     """A distribution, the oldest of it that has the functions called here, and what it can do."""
 
     name: str
-    oldest: tuple[int, int]
+    oldest: tuple[float, ...]  # as `release` tells them
     capabilities: range  # major compute capabilities of the GPUs it runs on
     max_head_dim: int
 
 
 # In the order in which they are tried on a GPU that several run on: 3 is the one written for Hopper.
 PACKAGES = {
-    3: Package("flash_attn_3", (0, 0), range(9, 10), 256),
-    4: Package("flash-attn-4", (0, 0), range(9, 100), 128),
+    3: Package("flash_attn_3", (3,), range(9, 10), 256),
+    # Betas before it refuse packed rows in the backward on Hopper, or where there is a softcap, or leave that out.
+    4: Package("flash-attn-4", (4, 0, 0, 24), range(9, 100), 128),
     2: Package("flash-attn", (2, 7), range(8, 100), 256),
 }
 
@@ -88,19 +91,33 @@ def chosen_version(head_dim: int) -> int | None:
     return None
 
 
-def installed(package: Package) -> bool:
-    """Whether a fitting version of the package is installed; it is not imported."""
+def found(package: Package) -> str | None:
+    """The version that is installed; the package is not imported."""
     try:
-        parts = version(package.name).split(".")
+        return version(package.name)
     except PackageNotFoundError:
-        return False
-    return tuple(int(part) for part in parts[:2] if part.isdigit()) >= package.oldest
+        return None
+
+
+def installed(package: Package) -> bool:
+    """Whether a version that can be used is installed."""
+    number = found(package)
+    return number is not None and release(number) >= package.oldest
+
+
+def release(text: str) -> tuple[float, ...]:
+    """A version as numbers that compare: 4.0.0b24 → (4, 0, 0, 24), and what is no beta comes after all betas of it."""
+    numbers, beta = re.match(r"([\d.]*)(?:b(\d+))?", text).groups()
+    return *(int(number) for number in numbers.split(".") if number), int(beta) if beta else math.inf
 
 
 def missing(head_dim: int) -> str | None:
     """Why no flash-attn can be used in this process, or None."""
     names = [package.name for package in PACKAGES.values() if installed(package)]
     if not names:
+        old = [package.name for package in PACKAGES.values() if found(package)]
+        if old:
+            return f"too old: {' and '.join(old)} (pip install --upgrade {' '.join(old)})"
         return "no flash-attn is installed (pip install flash-attn)"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
@@ -180,7 +197,8 @@ def _flash_4() -> tuple[Callable, Callable]:
         return _flash_attn_fwd(q, k, v, return_lse=True, **options(*given))[:2]
 
     def backward(grad_out, q, k, v, out, lse, *given):
-        return tuple(_flash_attn_bwd(q, k, v, out, grad_out, lse, **options(*given))[:3])
+        into = dict(zip(("dq", "dk", "dv"), _empty_gradients(q, k, v), strict=True))
+        return tuple(_flash_attn_bwd(q, k, v, out, grad_out, lse, **into, **options(*given))[:3])
 
     return forward, backward
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from reference import distance
 
-from train.attention import flash
+from train.attention import cpu, flash
 from train.attention.choose import BACKENDS, choose_backend
 from train.attention.interface import Segments
 from train.attention.probe import check_isolation
 
-LENGTHS_Q, LENGTHS_K = [1, 13, 50, 2], [1, 20, 50, 9]
+LENGTHS_Q, LENGTHS_K = [1, 13, 0, 50, 2], [1, 20, 7, 50, 9]  # of the third document this rank has keys alone
 FEATURES = [(None, None), (2, None), (5, None), (None, 3.0), (7, 2.0)]
 
 
@@ -115,14 +115,16 @@ def gpu_with(monkeypatch, major, **installed):
     ("major", "installed", "head_dim", "expected"),
     [
         (8, {"flash_attn_2": "2.8.4", "flash_attn_3": "3.0.0", "flash_attn_4": "4.0"}, 64, 2),
-        (9, {"flash_attn_2": "2.8.4", "flash_attn_3": "3.0.0b1", "flash_attn_4": "4.0"}, 64, 3),
-        (9, {"flash_attn_2": "2.8.4", "flash_attn_4": "4.0"}, 64, 4),
+        (9, {"flash_attn_2": "2.8.4", "flash_attn_3": "3.0.0b1", "flash_attn_4": "4.0.0b27"}, 64, 3),
+        (9, {"flash_attn_2": "2.8.4", "flash_attn_4": "4.0.0b24"}, 64, 4),
+        (9, {"flash_attn_2": "2.8.4.post1", "flash_attn_4": "4.0.0b23.dev7+gabc"}, 64, 2),
+        (9, {"flash_attn_4": "4.0.0b9"}, 64, None),
         (9, {"flash_attn_2": "2.8.4", "flash_attn_4": "4.0"}, 256, 2),
-        (10, {"flash_attn_2": "2.8.4", "flash_attn_3": "3.0.0", "flash_attn_4": "4.0.0b21"}, 128, 4),
+        (10, {"flash_attn_2": "2.8.4", "flash_attn_3": "3.0.0", "flash_attn_4": "4.0.0"}, 128, 4),
         (10, {"flash_attn_2": "2.8.4"}, 128, 2),
         (10, {"flash_attn_2": "2.6.3"}, 128, None),
         (7, {"flash_attn_2": "2.8.4"}, 64, None),
-        (10, {"flash_attn_4": "4.0"}, 256, None),
+        (10, {"flash_attn_4": "4.0.1b2"}, 256, None),
     ],
 )
 def test_the_flash_attn_written_for_the_gpu_is_chosen(major, installed, head_dim, expected, monkeypatch):
@@ -160,6 +162,12 @@ def test_a_flash_attn_that_cannot_serve_is_named(monkeypatch):
     flash.chosen_version.cache_clear()
 
 
+def test_a_flash_attn_that_is_too_old_is_named(monkeypatch):
+    gpu_with(monkeypatch, 9, flash_attn_2="2.6.3", flash_attn_4="4.0.0b9")
+    assert flash.missing(64) == "too old: flash-attn-4 and flash-attn (pip install --upgrade flash-attn-4 flash-attn)"
+    flash.chosen_version.cache_clear()
+
+
 CPU = torch.device("cpu")
 
 
@@ -168,6 +176,31 @@ CPU = torch.device("cpu")
 def test_a_kernel_that_keeps_documents_apart_passes_the_look(name, dtype, fakes):
     softcap = None if name == "te" else 3.0
     check_isolation(BACKENDS[name], CPU, dtype, 16, windows=True, softcap=softcap)
+
+
+class OneDocumentBackward(torch.autograd.Function):
+    """Right forward, and gradients as if the row were one document."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, layout_and_options):
+        out, lse = cpu.forward(q, k, v, *layout_and_options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.arguments = layout_and_options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        ends_q, ends_k, *rest = ctx.arguments
+        return *cpu.backward(grad_out, *ctx.saved_tensors, ends_q[[0, -1]], ends_k[[0, -1]], *rest), None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_kernel_whose_gradients_leak_is_refused(dtype):
+    def wrong(q, k, v, *layout_and_options):
+        return OneDocumentBackward.apply(q, k, v, layout_and_options[:-1])
+
+    with pytest.raises(ValueError, match=r"gives packed documents other gradients than one at a time \(off by \d+"):
+        check_isolation(replace(BACKENDS["cpu"], op=wrong), CPU, dtype, 16, windows=False, softcap=None)
 
 
 @pytest.mark.parametrize("mistake", ["one document", "top-left", "window off by one"])
