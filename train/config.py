@@ -151,7 +151,9 @@ class Run:
     eval_packs: int = _flag(0, "packs of an evaluation, the first N; 0: all")
     save_every: int = _flag(0, "checkpoint every N steps; 0: only at the end or when told to stop")
     save_last: bool = _flag(True, "checkpoint after the last step")
-    async_save: bool = _flag(False, "write checkpoints in the background, beside the next steps")
+    async_save: bool = _flag(
+        True, "write checkpoints in the background, beside the next steps, from a copy in host memory; without, in turn"
+    )
     keep: int = _flag(2, "checkpoints kept, the newest N; 0: all")
     resume: str = _flag("never", "never, auto (the last whole checkpoint under --out) or the PATH of a checkpoint")
     tensorboard: bool = _flag(False, "write TensorBoard events to OUT/tensorboard")

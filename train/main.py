@@ -45,7 +45,7 @@ from train.parallel.apply import parallelize
 from train.parallel.pipeline import Pipeline
 from train.precision import compute_dtype
 from train.profiling import StepProfiler
-from train.step import evaluate, sum_over, train_step
+from train.step import NotFiniteError, evaluate, sum_over, train_step
 from train.trackers import open_trackers
 
 
@@ -171,11 +171,15 @@ def train(config: Config) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         targets, defer_sync = facts.target_tokens, config.layout.defer_sync
-        result = train_step(model, optimizer, loader, targets, mesh, config.optim, defer_sync=defer_sync)
+        try:
+            result = train_step(model, optimizer, loader, targets, mesh, config.optim, defer_sync=defer_sync)
+        except NotFiniteError:
+            checkpointer.wait()  # the one on its way is what to go on from
+            raise
         load = take_load(model, model_config, facts.tokens)
         if load is not None and config.router.router_bias_rate > 0 and result.applied:
             move_biases(model, load, config.router.router_bias_rate)
-        position = Position(step, facts.consumed, data_state)
+        position = Position(step, facts.consumed, data_state, position.skipped + (not result.applied))
         # The longest stall and the largest memory of any rank; a signal that reached one stops all after the same step.
         worst = torch.tensor([loader.stall_seconds, memory_bytes(device), stop.received], dtype=torch.float64)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -189,6 +193,7 @@ def train(config: Config) -> None:
                 "epoch": facts.epoch,
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
+                "skipped_steps": position.skipped,
                 "lr": lr,
                 "tokens": facts.tokens,
                 "target_tokens": facts.target_tokens,
@@ -211,13 +216,15 @@ def train(config: Config) -> None:
         is_due = config.run.save_every > 0 and step % config.run.save_every == 0
         if told_to_stop or is_due or (step == steps and config.run.save_last):
             saved = checkpointer.save(position)
-            metrics.say(f"step {step}  checkpoint {saved}")
+            metrics.say(f"step {step}  checkpoint {saved}" + ", in the background" * config.run.async_save)
         if told_to_stop:
             metrics.say(f"stopped by a signal after step {step} of {steps}; go on with:\n  {resume_command()}")
             break
     loader.close()
     profiler.close()
     checkpointer.wait()
+    if position.skipped:
+        metrics.say(f"{position.skipped} of {position.step} steps were skipped: loss or gradient was not finite")
     if position.step == steps and config.run.export:
         hf.save_weights(model, model_folder, out / "hf")
         metrics.say(f"exported {out / 'hf'}")

@@ -89,9 +89,11 @@ class Metrics:
         self._write({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
         facts = (
             f"loss {record['loss']:.4f}  norm {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  padding {record['padding_fraction']:.1%}  "
+            f"{record['tokens_per_second_per_device']:,.0f} tokens/s a device  "
+            f"padding {record['padding_fraction']:.1%}  "
             + (f"MFU {record['mfu']:.1%}  " if record["mfu"] is not None else "")
             + f"stall {record['data_stall_seconds']:.3f} s  {record['memory_bytes'] / 2**30:.2f} GiB"
+            + (f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else "")
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=record["step"])

@@ -18,6 +18,10 @@ from train.parallel.pipeline import Pipeline
 from train.row import MicroBatch
 
 
+class NotFiniteError(ValueError):
+    """Loss or gradient norm of a step is not finite: every rank raises it together, before the optimizer step."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """`loss` is the mean over the step's target tokens, `grad_norm` the norm before clipping, both equal on all ranks;
@@ -78,7 +82,7 @@ def train_step(
 ) -> StepResult:
     """Train the step that `loader.next_step()` announced, at the learning rate already set in `optimizer`.
 
-    Raises: ValueError before the optimizer step when loss or gradient is not finite and `--on-nonfinite` is stop.
+    Raises: NotFiniteError before the optimizer step when loss or gradient is not finite and `--on-nonfinite` is stop.
     """
     share = accumulate_gradients(model, loader.rows(), loader.row_count, target_tokens, defer_sync=defer_sync)
     loss = sum_loss(share, mesh)
@@ -87,7 +91,7 @@ def train_step(
     if applied:
         optimizer.step()
     elif config.on_nonfinite == "stop":
-        raise ValueError(
+        raise NotFiniteError(
             f"loss {loss} and gradient norm {grad_norm}: not finite, so stopped before the optimizer step; "
             "lower --lr, look at the data, or go on without such steps by --on-nonfinite skip"
         )

@@ -19,9 +19,9 @@ from train.flags import parse
 
 ROOT = Path(__file__).parents[2]
 FIELDS = (
-    *("step", "epoch", "loss", "grad_norm", "lr", "tokens", "target_tokens", "padding_fraction", "step_seconds"),
-    *("data_stall_seconds", "tokens_per_second", "tokens_per_second_per_device", "flops_per_second_per_device"),
-    *("mfu", "memory_bytes"),
+    *("step", "epoch", "loss", "grad_norm", "skipped_steps", "lr", "tokens", "target_tokens", "padding_fraction"),
+    *("step_seconds", "data_stall_seconds", "tokens_per_second", "tokens_per_second_per_device"),
+    *("flops_per_second_per_device", "mfu", "memory_bytes"),
 )
 SAME = ("step", "epoch", "loss", "grad_norm", "lr", "tokens", "target_tokens")
 

@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from ranks import run_ranks
@@ -140,6 +145,67 @@ def test_a_checkpoint_of_a_run_that_skipped_every_step_counts_none(tmp_path):
     for steps in run_ranks(save_before_a_step, 2, tmp_path):
         assert set(steps) == {0.0}
     assert read_mark(step_folder(tmp_path, 2))[0].skipped == 2
+
+
+def fail_in_the_write(out, background, kill):
+    """Rank 1 cannot write its part, or is killed while it does; what rank 0 finds whole afterwards."""
+    model, optimizer = build(Layout(), seed=1)
+    checkpointer = Checkpointer(out, model, optimizer, keep=0, background=background)
+    write = FileSystemWriter.write_data
+
+    def failing(*args, **options):
+        if dist.get_rank() == 1 and kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return write(*args, **options)
+
+    FileSystemWriter.write_data = failing
+    try:
+        checkpointer.save(Position(2, 2, STATE))
+        checkpointer.wait()
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        return type(error).__name__, whole_checkpoints(out)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_that_cannot_be_written_is_never_marked(background, tmp_path):
+    for error, whole in run_ranks(fail_in_the_write, 2, tmp_path, background, False):
+        assert error in ("CheckpointException", "ValueError")
+        assert whole == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_whose_writer_is_killed_is_never_marked(background, tmp_path):
+    with pytest.raises(AssertionError, match="rank 1: died with exit code -9"):
+        run_ranks(fail_in_the_write, 2, tmp_path, background, True)
+    assert step_folder(tmp_path, 2).is_dir()
+    assert whole_checkpoints(tmp_path) == []
+
+
+def write_slowly(out):
+    """What is whole while the background write waits, and after it."""
+    model, optimizer = build(Layout(), seed=1)
+    checkpointer = Checkpointer(out, model, optimizer, keep=0, background=True)
+    write, go_on = FileSystemWriter.write_data, threading.Event()
+
+    def waiting(*args, **options):
+        assert go_on.wait(60)
+        return write(*args, **options)
+
+    FileSystemWriter.write_data = waiting
+    checkpointer.save(Position(2, 2, STATE))
+    checkpointer.poll()
+    before = whole_checkpoints(out)
+    dist.barrier()
+    go_on.set()
+    checkpointer.wait()
+    return before, whole_checkpoints(out)
+
+
+def test_a_checkpoint_in_the_background_is_marked_when_it_is_written(tmp_path):
+    for before, after in run_ranks(write_slowly, 2, tmp_path):
+        assert (before, after) == ([], [step_folder(tmp_path, 2)])
 
 
 def save_three(out, keep):

@@ -15,6 +15,7 @@ from whole_runs import FIELDS, cli, read_metrics, run, steps_of
 import train.main
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
+from train.checkpoint import step_folder, whole_checkpoints
 from train.flags import parse
 
 
@@ -148,9 +149,12 @@ def poisoned(argv):
 
 @pytest.mark.parametrize("layout", [{}, {"pp": 2}], ids=["dp_shard", "pp"])
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(layout, flags, tmp_path):
-    errors = run_ranks(poisoned, 2, flags(**layout))
+    errors = run_ranks(poisoned, 2, flags(save_every=1, **layout))
     assert all("not finite, so stopped before the optimizer step; lower --lr" in error for error in errors)
     assert [line["step"] for line in steps_of(tmp_path / "out")] == [1]
+    assert whole_checkpoints(tmp_path / "out") == [step_folder(tmp_path / "out", 1)], (
+        "written beside the step that failed"
+    )
 
 
 def test_or_is_skipped_on_request(flags, tmp_path):
@@ -182,6 +186,7 @@ def test_a_run_is_traced_logged_and_measured_against_the_peak(flags, tmp_path):
         assert line["mfu"] == pytest.approx(line["flops_per_second_per_device"] / 1e9)
         assert 2 * line["tokens_per_second_per_device"] == pytest.approx(line["tokens_per_second"])
     assert "MFU" in said
+    assert f"{read_metrics(out)[-1]['tokens_per_second_per_device']:,.0f} tokens/s a device" in said
     for rank in range(2):
         trace = json.loads(gzip.decompress((out / "profile" / f"rank-{rank}.json.gz").read_bytes()))
         steps = [event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")]

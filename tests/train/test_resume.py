@@ -15,7 +15,7 @@ from train.checkpoint import MARK, step_folder, whole_checkpoints
 
 def kill_after_four(flags):
     with pytest.raises(AssertionError, match="rank 1: died with exit code -9"):
-        run_ranks(run, 2, flags(), (1, 5, signal.SIGKILL))
+        run_ranks(run, 2, [*flags(), "--no-async-save"], (1, 5, signal.SIGKILL))
 
 
 def test_a_killed_and_resumed_run_is_bit_equal_to_one_without_a_break(flags, straight, tmp_path):
@@ -123,8 +123,9 @@ def test_a_resume_says_which_flags_of_the_recipe_changed_and_obeys_them(flags, s
     assert "changed since that checkpoint, and in force from here on: --weight-decay 0.01 → 0.3, --steps 6 → 5" in said
 
 
-def test_checkpoints_in_the_background_hold_the_same(flags, straight, tmp_path):
-    run_ranks(run, 2, [*flags(save_every=1, keep=0), "--async-save"])
+@pytest.mark.parametrize("when", ["--async-save", "--no-async-save"])
+def test_checkpoints_in_the_background_or_in_turn_hold_the_same(when, flags, straight, tmp_path):
+    run_ranks(run, 2, [*flags(save_every=1, keep=0), when])
     found = whole_checkpoints(tmp_path / "out")
     assert [folder.name for folder in found] == [f"step-{step:08d}" for step in range(1, 7)]
     assert steps_of(tmp_path / "out") == steps_of(straight)

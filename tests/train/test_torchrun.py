@@ -40,7 +40,7 @@ sys.exit(train.main.main(sys.argv[1:]))
 def test_under_torchrun_a_killed_worker_resumes_by_itself(flags, straight, tmp_path):
     script = tmp_path / "killed_once.py"
     script.write_text(KILLED_ONCE)
-    done = torchrun(flags(), script=str(script), options=["--max-restarts", "1"])
+    done = torchrun([*flags(), "--no-async-save"], script=str(script), options=["--max-restarts", "1"])
     assert done.returncode == 0, done.stderr
     assert f"resumed at step 3 from {tmp_path / 'out'}" in done.stderr
     assert steps_of(tmp_path / "out") == steps_of(straight)
