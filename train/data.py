@@ -226,6 +226,8 @@ class PackedLoader:
     def _prefetch(self, consumed: int) -> None:
         run = None
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread stands on the first GPU, and would open it for all
             rows = self._rows_to_come(consumed)
             while (run := self._free.get()) is not None and not self._closed:
                 run.filled = 0

@@ -1,5 +1,6 @@
 """The loader: what a row holds against a document-by-document construction, and who trains which pack."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -292,3 +293,16 @@ def test_shards_behind_an_address_are_refused_with_the_command_that_copies_them(
     assert str(caught.value).endswith(f"copy them first with: {command}")
     with pytest.raises(ValueError, match="copy them first"):
         open_shards(Path(address))  # which has lost a slash
+
+
+def test_the_prefetch_thread_stands_on_the_gpu_of_its_rank(shards, monkeypatch):
+    """A thread begins on GPU 0: whatever it did there would open a context beside that of rank 0."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.current_thread().name, device)))
+    monkeypatch.setattr("train.data.Run", lambda *args, pinned, **options: Run(*args, pinned=False, **options))
+    dataset, device = open_shards(shards), torch.device("cuda", 3)
+    loader = PackedLoader(dataset, schedule(dataset), dp_rank=0, dp_size=1, device=device)
+    loader.next_step()
+    next(loader.rows())
+    loader.close()
+    assert seen == [("prefetch", device)]
