@@ -184,8 +184,9 @@ def test_a_checkpoint_whose_writer_is_killed_is_never_marked(background, tmp_pat
 
 
 def write_slowly(out):
-    """What is whole while the background write waits, and after it."""
+    """What is whole while the background write waits, and after it; whether it holds what was when it began."""
     model, optimizer = build(Layout(), seed=1)
+    saved = everything(model, optimizer)
     checkpointer = Checkpointer(out, model, optimizer, keep=0, background=True)
     write, go_on = FileSystemWriter.write_data, threading.Event()
 
@@ -197,15 +198,24 @@ def write_slowly(out):
     checkpointer.save(Position(2, 2, STATE))
     checkpointer.poll()
     before = whole_checkpoints(out)
+    for p in model.parameters():  # as the next steps do
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    moved = everything(model, optimizer)
     dist.barrier()
     go_on.set()
     checkpointer.wait()
-    return before, whole_checkpoints(out)
+    after = whole_checkpoints(out)
+    checkpointer.load(after[-1])
+    loaded = everything(model, optimizer)
+    assert not any(torch.equal(moved[name], value) for name, value in saved.items())
+    return before, after, all(torch.equal(loaded[name], value) for name, value in saved.items())
 
 
-def test_a_checkpoint_in_the_background_is_marked_when_it_is_written(tmp_path):
-    for before, after in run_ranks(write_slowly, 2, tmp_path):
-        assert (before, after) == ([], [step_folder(tmp_path, 2)])
+def test_a_checkpoint_in_the_background_holds_its_step_and_is_marked_when_it_is_written(tmp_path):
+    for before, after, same in run_ranks(write_slowly, 2, tmp_path):
+        assert (before, after, same) == ([], [step_folder(tmp_path, 2)], True)
 
 
 def save_three(out, keep):
