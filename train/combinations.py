@@ -85,8 +85,7 @@ COMBINATIONS = (
     Combination(
         "compiled blocks, tensor × context parallelism",
         {"compile": True, "tp": 2, "cp": 2},
-        "--compile with both --tp {tp} and --cp {cp} is not proven yet: leave --compile or one of them out",
-        lambda c: c.model.compile and c.layout.tp > 1 and c.layout.cp > 1,
+        "tests/dist/test_compile.py",
     ),
     Combination("pipeline, all forwards before all backwards", {"pp": 2, "pp_schedule": "gpipe"}, PIPELINES),
     Combination("pipeline, one forward one backward", {"pp": 2}, PIPELINES),

@@ -19,7 +19,9 @@ from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.parallel.apply import parallelize
 
-FSDP, TENSOR, GATHER, ULYSSES = Layout(), Layout(tp=2), Layout(cp=2), Layout(cp=2, cp_method="ulysses")
+FSDP, HSDP, TENSOR = Layout(), Layout(dp_replicate=2), Layout(tp=2)
+GATHER, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
+TENSOR_GATHER, TENSOR_ULYSSES = replace(GATHER, tp=2), replace(ULYSSES, tp=2)
 
 
 def placed(model, folder):
@@ -46,6 +48,11 @@ def mixture(tmp_path_factory):
     return placed(write_tiny_model(folder / "model", "qwen2_moe", vocab_size=320), folder)
 
 
+def changed(layout):
+    """What of a layout is not the default, as the name of a case."""
+    return " ".join(f"{name}={value}" for name, value in vars(layout).items() if value != getattr(FSDP, name)) or "fsdp"
+
+
 def compiled_step(*case):
     """A step, and how often Dynamo traced and broke off."""
     return packed_step(*case), dict(torch._dynamo.utils.counters["stats"]), torch._dynamo.utils.counters["graph_break"]
@@ -57,7 +64,8 @@ def is_equal(places, layout, recompute, dtype, backend="aot_eager", graphs=1):
     options = Model(recompute=recompute, compile=True, compile_backend=backend)
     config = Config(data=Data(batch_packs=6), layout=layout, model=options)
     loss, path = wanted[dtype]
-    for step, stats, breaks in run_ranks(compiled_step, 2, model, shards, config, dtype, path, timeout=240):
+    ranks = max(2, layout.tp * layout.cp)
+    for step, stats, breaks in run_ranks(compiled_step, ranks, model, shards, config, dtype, path, timeout=240):
         assert step[0] == pytest.approx(loss, rel=LIMIT[dtype])
         assert step[1] <= LIMIT[dtype], step[2]
         assert not breaks
@@ -66,8 +74,8 @@ def is_equal(places, layout, recompute, dtype, backend="aot_eager", graphs=1):
 
 @pytest.mark.parametrize(
     ("layout", "recompute"),
-    [(FSDP, "selective"), (TENSOR, "none"), (GATHER, "full")],
-    ids=["fsdp", "tp", "cp gather"],
+    [(FSDP, "selective"), (TENSOR_GATHER, "none"), (ULYSSES, "full")],
+    ids=["fsdp", "tp cp gather", "cp ulysses"],
 )
 def test_compiled_equals_the_documents_one_at_a_time(places, layout, recompute):
     is_equal(places, layout, recompute, torch.float64)
@@ -91,15 +99,29 @@ def test_a_mixture_with_compiled_attention_equals_the_documents(mixture, layout,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", LIMIT, ids=["fp32", "fp64"])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("layout", [FSDP, replace(FSDP, dp_replicate=2), TENSOR, GATHER, ULYSSES], ids=str)
-def test_every_layout_and_recompute_compiled(places, layout, recompute, dtype):
-    is_equal(places, layout, recompute, dtype)
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [
+        (FSDP, "none"),
+        (FSDP, "full"),
+        (HSDP, "none"),
+        (TENSOR, "selective"),
+        (TENSOR, "full"),
+        (replace(TENSOR, sp=False), "none"),
+        (GATHER, "selective"),
+        (ULYSSES, "none"),
+        (TENSOR_GATHER, "full"),
+        (TENSOR_ULYSSES, "selective"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else changed(value),
+)
+def test_every_layout_compiled_with_one_recompute_or_another(places, layout, recompute):
+    """In float64 alone: another type makes no other graph, and float32 is what the inductor computes in below."""
+    is_equal(places, layout, recompute, torch.float64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [FSDP, TENSOR, GATHER], ids=["fsdp", "tp", "cp gather"])
+@pytest.mark.parametrize("layout", [FSDP, TENSOR_GATHER], ids=["fsdp", "tp cp gather"])
 def test_inductor_gives_the_same(places, layout):
     is_equal(places, layout, "selective", torch.float32, "inductor")
 
