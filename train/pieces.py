@@ -125,7 +125,8 @@ class Halo:
 
     `send_rows` are rows among r's tokens, `send_counts[d]` of them for rank d; `receive_counts[j]` come from rank j.
     What was received, taken in the order `order`, are the keys in segments `cu_seqlens_k` for queries in segments
-    `cu_seqlens_q`. A rank's own keys count as sent to itself.
+    `cu_seqlens_q`. A rank's own keys count as sent to itself. A key that both pieces of a document see travels once and
+    is taken twice.
     """
 
     send_rows: np.ndarray
@@ -145,19 +146,27 @@ def halo(pieces: Pieces, r: int, window: int) -> Halo:
     owner, row = np.empty((2, sum(map(len, held))), np.int64)
     for d, positions in enumerate(held):
         owner[positions], row[positions] = d, np.arange(len(positions))
-    needed = [runs(pieces.starts[:, None] + first_keys[d], key_lengths[d]) for d in range(size)]
+    seen = [runs(pieces.starts[:, None] + first_keys[d], key_lengths[d]) for d in range(size)]
+    needed = [_distinct(keys, len(owner)) for keys in seen]
     sent = [row[keys[owner[keys] == r]] for keys in needed]
-    arrival = np.argsort(owner[needed[r]], kind="stable")  # the keys as they come, rank after rank
-    order = np.empty_like(arrival)
-    order[arrival] = np.arange(len(arrival))
+    arriving = needed[r][np.argsort(owner[needed[r]], kind="stable")]  # the keys as they come, rank after rank
+    place = np.empty(len(owner), np.int64)
+    place[arriving] = np.arange(len(arriving))
     return Halo(
         np.concatenate(sent),
         [len(rows) for rows in sent],
         np.bincount(owner[needed[r]], minlength=size).tolist(),
-        order,
+        place[seen[r]],
         cu_seqlens(lengths[r].ravel()),
         cu_seqlens(key_lengths[r].ravel()),
     )
+
+
+def _distinct(positions: np.ndarray, tokens: int) -> np.ndarray:
+    """Those of a row's `tokens` that occur among `positions`, in the order of the row."""
+    occurs = np.zeros(tokens, bool)
+    occurs[positions] = True
+    return np.flatnonzero(occurs)
 
 
 def runs(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:

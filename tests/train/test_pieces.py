@@ -94,6 +94,7 @@ def test_a_window_brings_each_piece_the_keys_it_sees(size, window):
             before = sum(theirs.send_counts[:r])
             arrived += held[j][theirs.send_rows[before : before + theirs.send_counts[r]]].tolist()
             assert theirs.send_counts[r] == mine.receive_counts[j]
+        assert len(arrived) == len(set(arrived)), "a key that both pieces of a document see travels once"
         keys = np.array(arrived)[mine.order]
         queries = held[r]
         for s in range(2 * len(lengths)):

@@ -121,6 +121,16 @@ class Backend:
         return self.missing(head_dim)
 
 
+def merge_keys(
+    out_TNH: Tensor, lse_NT: Tensor, rows: Tensor | slice, out_more_RNH: Tensor, lse_more_NR: Tensor
+) -> None:
+    """Merge attention over more keys into that over others, for the R queries `rows`, in place."""
+    merged = torch.logaddexp(lse_NT[:, rows], lse_more_NR)
+    weight_before, weight_more = (torch.exp(lse - merged).t()[..., None] for lse in (lse_NT[:, rows], lse_more_NR))
+    out_TNH[rows] = (out_TNH[rows] * weight_before + out_more_RNH * weight_more).to(out_TNH.dtype)
+    lse_NT[:, rows] = merged
+
+
 def join_sinks(out_TNH: Tensor, lse_NT: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of attention without sinks → those with them. Rows without keys stay 0."""
     sinks_N1 = sinks_N.to(lse_NT.dtype)[:, None]

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.attention.choose import BACKENDS
-from train.attention.interface import Backend, Segments, join_sinks, sinks_gradient
+from train.attention.interface import Backend, Segments, join_sinks, merge_keys, sinks_gradient
 from train.parallel.exchange import AllToAll, Exchange, part_of
 from train.pieces import Pieces, block, halo
 
@@ -147,7 +147,7 @@ class _Ring(torch.autograd.Function):
             keys = _arrived(arriving)
             arriving = _send_keys(kv, steps, i + 1, group)
             if len(step.q_rows):
-                _merge(out_TNH, lse_NT, step.q_rows, *kernel.forward(q_TNH[step.q_rows], *keys.unbind(1), step))
+                merge_keys(out_TNH, lse_NT, step.q_rows, *kernel.forward(q_TNH[step.q_rows], *keys.unbind(1), step))
         if sinks_N is not None:
             out_TNH, lse_NT = join_sinks(out_TNH, lse_NT, sinks_N)
         out_TNH = out_TNH.to(dtype)
@@ -182,14 +182,6 @@ class _Ring(torch.autograd.Function):
         grad_sinks = None if sinks_N is None else sinks_gradient(grad_out_TNH, out_TNH, lse_NT, sinks_N)
         grad_k, grad_v = grad_kv.to(k_TKH.dtype).unbind(1)
         return grad_q.to(q_TNH.dtype), grad_k, grad_v, grad_sinks, None, None, None
-
-
-def _merge(out_TNH: Tensor, lse_NT: Tensor, rows: Tensor, out_block: Tensor, lse_block: Tensor) -> None:
-    """Merge the softmax of a block of keys into that of all before, for the queries `rows`, in place."""
-    merged = torch.logaddexp(lse_NT[:, rows], lse_block)
-    weight_before, weight_block = (torch.exp(lse - merged).t()[..., None] for lse in (lse_NT[:, rows], lse_block))
-    out_TNH[rows] = out_TNH[rows] * weight_before + out_block * weight_block
-    lse_NT[:, rows] = merged
 
 
 _Flight = tuple[Tensor, Tensor, dist.Work]
