@@ -11,8 +11,11 @@ can be told.
 
 import dataclasses
 import json
+import pickle
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -142,21 +146,24 @@ class Checkpointer:
         """Write the checkpoint of `position`, mark it complete, then drop all but the newest `keep`.
 
         In the background only the copy to host memory is waited for; the mark follows in a later `poll` or `wait`.
+
+        Raises: ValueError, on the ranks that hear of it, when it cannot be written; nothing of it is left then.
         """
         self.wait()
         folder = step_folder(self._out, position.step)
-        if dist.get_rank() == 0:
-            # What is left of a save that was killed.
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        dist.barrier(self._group)
-        if self._background:
-            writing = dcp.async_save(self._state(), checkpoint_id=folder, process_group=self._group)
-            self._writing = position, writing
-        else:
-            dcp.save(self._state(), checkpoint_id=folder, process_group=self._group)
-            self._complete(position)
+        with _nothing_half_written(folder):
+            if dist.get_rank() == 0:
+                # What is left of a save that was killed.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
             dist.barrier(self._group)
+            if self._background:
+                writing = dcp.async_save(self._state(), checkpoint_id=folder, process_group=self._group)
+                self._writing = position, writing
+            else:
+                dcp.save(self._state(), checkpoint_id=folder, process_group=self._group)
+                self._complete(position)
+                dist.barrier(self._group)
         return folder
 
     def poll(self) -> None:
@@ -164,13 +171,14 @@ class Checkpointer:
         if self._writing is not None and self._writing[1].done():
             position, writing = self._writing
             self._writing = None
-            writing.result()
-            self._complete(position)
+            with _nothing_half_written(step_folder(self._out, position.step)):
+                writing.result()
+                self._complete(position)
 
     def wait(self) -> None:
         """Wait for a background save to be complete, on every rank."""
         if self._writing is not None:
-            self._writing[1].result()
+            self._writing[1].exception()  # waits; poll raises
             self.poll()
         if self._background:
             dist.barrier(self._group)
@@ -188,10 +196,11 @@ class Checkpointer:
         """Fill model and optimizer in place from a complete checkpoint, whatever mesh wrote it. Weight decay, betas and
         the kernel of the optimizer stay as they are: they are this run's.
 
-        Raises: ValueError when its tensors are not those of this model.
+        Raises: ValueError when its tensors are not those of this model, or its files cannot be read.
         """
         state = self._state()
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        with readable(folder):
+            stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         flat = {f"{part}.{name}": value for part, tensors in state.items() for name, value in tensors.items()}
         for name, value in flat.items():
             if name not in stored:
@@ -202,7 +211,8 @@ class Checkpointer:
                     f"{folder}: {name} is {tuple(size)} there and {tuple(value.shape)} in this model; check --model"
                 )
         options = {name: value for name, value in state["optimizer"].items() if name.startswith("param_groups.")}
-        dcp.load(state, checkpoint_id=folder, process_group=self._group)
+        with readable(folder):
+            dcp.load(state, checkpoint_id=folder, process_group=self._group)
         # Before they are set, not after: a fused kernel wants its step counts on the device.
         state["optimizer"] |= options
         set_model_state_dict(self._model, state["model"])
@@ -219,3 +229,39 @@ class Checkpointer:
             "model": get_model_state_dict(self._model),
             "optimizer": get_optimizer_state_dict(self._model, self._optimizer, options=_OPTIONS),
         }
+
+
+@contextmanager
+def _nothing_half_written(folder: Path) -> Iterator[None]:
+    """What goes wrong while the checkpoint `folder` is written as one sentence, after its files are gone."""
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent.parent).free
+        raise ValueError(
+            f"checkpoint {folder} cannot be written: {_reason(error)} ({free / 2**30:.2f} GiB are free there); make "
+            "room, or mend what is broken, and go on from the one before with --resume auto"
+        ) from error
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What goes wrong while the checkpoint `folder` is read as one sentence, a ValueError."""
+    try:
+        yield
+    except (CheckpointException, OSError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"checkpoint {folder} cannot be read: {_reason(error)}; remove it to go on from the one before"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why, in a few words; torch reports the exceptions of all ranks in one, with their tracebacks."""
+    if isinstance(error, CheckpointException):
+        of_ranks = [reason for reason, _ in error.failures.values()]
+        error = next((reason for reason in of_ranks if isinstance(reason, OSError)), of_ranks[0])
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__} {error}".split("\n")[0].strip()

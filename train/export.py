@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from train import hf
-from train.checkpoint import read_mark, whole_checkpoints
+from train.checkpoint import read_mark, readable, whole_checkpoints
 from train.model.decoder import Decoder
 from train.outdir import RUN_NAME
 
@@ -35,20 +35,21 @@ def export(
 
     `path` is a run's folder, of which the last whole checkpoint is taken, or a checkpoint. Configuration and tokenizer
     come from the folder `model`, by default the run's `--model`. `dtype` is that of the files, by default that of the
-    checkpoint; a file holds at most `file_gb` GB, if no tensor alone is larger. An earlier export at `out` is replaced.
+    checkpoint; a file holds at most `file_gb` GB, if no tensor alone is larger.
 
     Raises: ValueError when there is no whole checkpoint, when it is not one of this model, or when `out` holds
-    something that is no export.
+    something: what it is cannot be told from outside, and it may be the only copy of a model.
     """
     checkpoint = _find(path)
     source = model or _model_of(checkpoint)
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())):
-        raise ValueError(f"--out {out} holds something that is no export; name another folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"--out {out} already holds something; name another folder, or remove it first")
     config = hf.read_config(source)
     with torch.device("meta"):
         described = Decoder(config).state_dict()
     reader = _Reader(checkpoint)
-    stored = reader.read_metadata().state_dict_metadata
+    with readable(checkpoint):
+        stored = reader.read_metadata().state_dict_metadata
     for name, tensor in described.items():
         size = getattr(stored.get(f"model.{name}"), "size", None)
         if size is None or size != tensor.shape:
@@ -60,7 +61,7 @@ def export(
 
     def read(name: str) -> Tensor:
         whole = torch.empty(described[name].shape, dtype=stored[f"model.{name}"].properties.dtype)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), readable(checkpoint):
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
             dcp.load({"model": {name: whole}}, storage_reader=reader, no_dist=True)
         return whole
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> int:
         prog="train/export.py", description="Write the weights of a checkpoint as a Hugging Face folder."
     )
     parser.add_argument("path", type=Path, metavar="RUN", help="a run's folder (its last checkpoint), or a checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; an earlier export there is replaced")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--model", type=Path, help="folder with config.json and tokenizer (default: the run's --model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the checkpoint")
     parser.add_argument("--file-gb", type=float, default=5.0, help="largest file; several get an index (default: 5)")

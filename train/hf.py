@@ -278,6 +278,11 @@ def write_folder(
         if writes:
             _write_companions(scratch, source, files, described, dtype)
             _replace(scratch, out)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{out} cannot be written: {getattr(error, 'strerror', None) or error}; make room, or mend what is broken, "
+            "and export the checkpoint with train/export.py"
+        ) from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

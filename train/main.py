@@ -6,6 +6,7 @@ parallelize → load → optimizer → resume → loop → export.
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
@@ -40,13 +41,13 @@ from train.mix import open_training
 from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.optim import build_optimizer, learning_rate
-from train.outdir import claim
+from train.outdir import claim, find_start
 from train.parallel.apply import parallelize
 from train.parallel.pipeline import Pipeline
 from train.precision import compute_dtype
 from train.profiling import StepProfiler
 from train.step import NotFiniteError, evaluate, sum_over, train_step
-from train.trackers import open_trackers
+from train.trackers import check_packages, open_trackers
 
 
 def train(config: Config) -> None:
@@ -81,8 +82,12 @@ def train(config: Config) -> None:
     )
     data_state = DataState(training.fingerprints, training.weights, config.run.seed, config.data.batch_packs)
 
+    first = dist.get_rank() == 0
+    if first:
+        check_packages(config)
+
     # Where this run begins: at 0, or at a checkpoint that fits.
-    checkpoint = claim(config)
+    checkpoint = find_start(config)
     position, recipe = Position(0, 0, data_state), dataclasses.asdict(config.optim) | {"steps": steps}
     changed = ""
     if checkpoint is not None:
@@ -123,7 +128,7 @@ def train(config: Config) -> None:
         checkpointer.load(checkpoint)
 
     flops, peak = StepFlops(Path(config.model.model)), peak_flops(config.run.peak_tflops, device, dtype)
-    first = dist.get_rank() == 0
+    claim(config)
     metrics = Metrics(out, steps, position.step, open_trackers(config, position.step) if first else [], enabled=first)
     metrics.say(
         f"{dist.get_world_size()} ranks on {device.type}: {mesh}; "
@@ -265,20 +270,28 @@ def evaluate_packs(
         loader.close()
 
 
+ECHO_SECONDS = 2.0
+"""Ctrl-C reaches a rank twice within this time: from the terminal, and by way of torchrun."""
+
+
 class StopSignal:
     """Notes SIGTERM, SIGUSR1 and SIGINT, on which the run ends after its step. Repeats change nothing, for one stop may
-    arrive twice: Slurm signals every process of a job, and torchrun passes on what it got. Only a second SIGINT, from
-    somebody at the keyboard, ends the process at once."""
+    arrive twice: Slurm and Ctrl-C signal every process of a job, and torchrun passes on what it got. Only a later
+    SIGINT, from somebody at the keyboard, ends the process at once."""
 
     def __init__(self):
         self.received = False
+        self._first_interrupt = math.inf
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+            self._first_interrupt = min(self._first_interrupt, time.monotonic())
+            if time.monotonic() - self._first_interrupt > ECHO_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
 
 
 def resume_command() -> str:
@@ -300,8 +313,11 @@ def resume_command() -> str:
 def fail(error: Exception) -> int:
     """Say why the run ends, on stderr and in the summary that torchrun prints after it; returns the exit code.
 
-    A ValueError is a sentence for the user. Anything else is a defect and shows where.
+    A ValueError is a sentence for the user, an OSError says what the machine refuses. Anything else is a defect and
+    shows where.
     """
+    if isinstance(error, OSError) and error.strerror:
+        error = ValueError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     message = f"train: error: {error}" if isinstance(error, ValueError) else traceback.format_exc()
     print(message, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):

@@ -142,7 +142,12 @@ class Metrics:
 
     def _write(self, record: dict[str, Any]) -> None:
         # Flushed line by line: a reader (or a kill) sees whole steps.
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(
+                f"{self._file.name} cannot be written: {error.strerror}; make room and go on with --resume auto"
+            ) from error
         for tracker in self._trackers:
             tracker.log(record["step"], numbers(record))

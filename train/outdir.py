@@ -2,11 +2,15 @@
 
 OUT/run.json        written first, marks the folder as a run's, records its flags and who launched it
 OUT/metrics.jsonl   OUT/checkpoints/   OUT/hf/
+
+Nothing is written before all that the flags name has been read and found to fit: a run that ends over a wrong flag
+leaves no folder behind that the corrected one would stumble over.
 """
 
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,29 +23,43 @@ from train.config import Config, flatten
 RUN_NAME = "run.json"
 
 
-def claim(config: Config) -> Path | None:
-    """Make OUT this run's and return the checkpoint to go on from (None: from the beginning).
+def find_start(config: Config) -> Path | None:
+    """The checkpoint to go on from (None: from the beginning), after a look at whether OUT may be used.
 
-    Called by all ranks; rank 0 looks, the others hear from it, so that none sees what another has just written.
+    Called by all ranks; rank 0 looks, the others hear from it.
 
     Raises: ValueError on every rank when OUT holds something else, or `--resume` names nothing to resume.
     """
+    return _on_first_rank(lambda: _find_start(config), config)
+
+
+def claim(config: Config) -> None:
+    """Make OUT this run's. Called by all ranks; raises ValueError on every rank when it cannot be written."""
+    _on_first_rank(lambda: _claim(config), config)
+
+
+def _on_first_rank(look: Callable[[], Path | None], config: Config) -> Path | None:
     answer: list[Path | str | None] = [None]
     if dist.get_rank() == 0:
         try:
-            answer = [_claim(config)]
-        except (ValueError, OSError) as error:
+            answer = [look()]
+        except ValueError as error:
             answer = [str(error)]
+        except OSError as error:
+            answer = [f"--out {config.run.out} cannot be used: {error.strerror}; name another folder"]
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], str):
         raise ValueError(answer[0])
     return answer[0]
 
 
-def _claim(config: Config) -> Path | None:
+def _find_start(config: Config) -> Path | None:
     out, resume = Path(config.run.out), config.run.resume
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {out}: {nearest} cannot be written to; name another folder")
     occupied = out.is_dir() and any(out.iterdir())
     if occupied and not (out / RUN_NAME).is_file():
         raise ValueError(f"--out {out} holds something that is no run of this trainer; name another folder")
@@ -52,19 +70,22 @@ def _claim(config: Config) -> Path | None:
     if resume == "never":
         if occupied:
             raise ValueError(f"--out {out} already holds a run; go on with it by --resume auto, or name another folder")
-        checkpoint = None
-    elif resume == "auto":
-        checkpoint = own[-1] if own else None
-    else:
-        checkpoint = _named_checkpoint(Path(resume))
-        if occupied and not restarted and (not own or checkpoint.resolve() != own[-1].resolve()):
-            raise ValueError(
-                f"--out {out} already holds a run of which {checkpoint} is not the last checkpoint; name another folder"
-            )
+        return None
+    if resume == "auto":
+        return own[-1] if own else None
+    checkpoint = _named_checkpoint(Path(resume))
+    if occupied and not restarted and (not own or checkpoint.resolve() != own[-1].resolve()):
+        raise ValueError(
+            f"--out {out} already holds a run of which {checkpoint} is not the last checkpoint; name another folder"
+        )
+    return checkpoint
+
+
+def _claim(config: Config) -> None:
+    out = Path(config.run.out)
     out.mkdir(parents=True, exist_ok=True)
     record = {"flags": flatten(config), "launcher": _launcher(), "torch": torch.__version__, "version": 1}
     write_json(out / RUN_NAME, record)
-    return checkpoint
 
 
 def _named_checkpoint(folder: Path) -> Path:

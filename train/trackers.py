@@ -52,6 +52,14 @@ class WandB:
         self._run.finish()
 
 
+def check_packages(config: Config) -> None:
+    """Raise a ValueError naming the package that a flag needs and that is not installed."""
+    if config.run.tensorboard:
+        _import("tensorboard", "torch.utils.tensorboard", "--tensorboard")
+    if config.run.wandb:
+        _import("wandb", "wandb", "--wandb")
+
+
 def open_trackers(config: Config, first_step: int) -> list[Tracker]:
     """The trackers that the flags ask for; `first_step`: the step that a resumed run has done.
 

@@ -89,6 +89,8 @@ def spoil(case, folder, flags):
     if case == "out is a file":
         (folder / "out").write_text("")
         return flags()
+    if case == "kernel":
+        return flags(attention="te")
     if case == "no model":
         return flags(model=folder)
     if case == "init":

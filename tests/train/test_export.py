@@ -1,5 +1,9 @@
 """Exports of a checkpoint by one process: the same files as the run's own, in any size and type, or one sentence."""
 
+import contextlib
+import io
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +64,8 @@ def test_an_earlier_checkpoint_in_small_files_and_another_type(finished, tmp_pat
     early, late = tensors(tmp_path / "hf"), tensors(finished / "hf")
     assert early.keys() == late.keys()
     assert not torch.equal(early["model.norm.weight"], late["model.norm.weight"].bfloat16())
-    export(last, tmp_path / "hf", dtype=torch.bfloat16)  # replaces it
+    shutil.rmtree(tmp_path / "hf")
+    export(last, tmp_path / "hf", dtype=torch.bfloat16)
     late = {name: tensor.bfloat16() for name, tensor in late.items()}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(theirs[name], tensor) for name, tensor in late.items())
@@ -81,7 +86,8 @@ def test_what_is_wrong_is_said_in_one_sentence(finished, tiny_llama_untied_dir, 
         ([str(half), "--out", out], "no complete checkpoint"),
         ([str(tmp_path / "nowhere"), "--out", out], "no complete checkpoint"),
         ([str(lost), "--out", out], "does not tell which model was trained"),
-        ([str(finished), "--out", str(tmp_path / "thesis")], "holds something that is no export"),
+        ([str(finished), "--out", str(tmp_path / "thesis")], "thesis already holds something; name another folder"),
+        ([str(finished), "--out", str(finished / "hf")], "hf already holds something"),
         ([str(finished), "--out", out, "--file-gb", "0"], "--file-gb must be greater than 0"),
         (
             [str(finished), "--out", out, "--model", str(tiny_llama_untied_dir)],
@@ -93,3 +99,18 @@ def test_what_is_wrong_is_said_in_one_sentence(finished, tiny_llama_untied_dir, 
         assert says in said
         assert len(said.splitlines()) == 1
     assert not Path(out).exists()
+
+
+def on_a_full_disk(argv):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        return main(argv), said.getvalue()
+
+
+def test_an_export_on_a_full_disk_leaves_nothing(finished, tmp_path):
+    argv = [str(finished), "--out", str(tmp_path / "hf")]
+    ((code, said),) = run_ranks(on_a_full_disk, 1, argv, process_group=False)
+    assert (code, len(said.splitlines())) == (1, 1)
+    assert f"{tmp_path / 'hf'} cannot be written: " in said
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,9 @@
 """Runs that are killed, stopped or moved to another mesh go on as if nothing had been."""
 
+import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 from whole_runs import SAME, arguments, read_metrics, run, same_losses, steps_of
 
+import train.main
 from ranks import run_ranks
 from train.checkpoint import MARK, step_folder, whole_checkpoints
 
@@ -146,3 +149,20 @@ def test_a_finished_run_resumes_to_nothing_but_its_export(flags, straight, finis
     run_ranks(run, 1, flags(resume="auto"))
     assert read_metrics(finished) == read_metrics(straight)
     assert (finished / "hf" / "model.safetensors").is_file()
+
+
+def interrupted(count, echo_seconds):
+    """Whether the run has noted that it is to stop, after so many SIGINTs on each other's heels."""
+    train.main.ECHO_SECONDS = echo_seconds
+    stop = train.main.StopSignal()
+    for _ in range(count):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    return stop.received
+
+
+def test_ctrl_c_that_torchrun_repeats_counts_once_and_a_later_one_ends_the_run():
+    assert run_ranks(interrupted, 1, 3, 60.0) == [True]
+    assert run_ranks(interrupted, 1, 1, 0.001) == [True]
+    with pytest.raises(AssertionError, match="died with exit code -2"):
+        run_ranks(interrupted, 1, 2, 0.001)
