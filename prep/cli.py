@@ -49,6 +49,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.ClickException("stopped; run the same command once more") from None
         except (ValueError, OSError) as error:
             if os.environ.get("MESHPACK_TRACEBACK"):
                 raise

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from prep.encode.command import encode, options_of, sources_of, stoppable
+from prep.encode.command import encode, options_of, resumable, sources_of
 from prep.options import Size, as_json, echo_json
 
 
@@ -61,6 +61,7 @@ from prep.options import Size, as_json, echo_json
 @click.option("--resume", is_flag=True, help="Finish what an interrupted run with the same options left.")
 @click.option("--quiet", is_flag=True, help="No progress and no report; errors only.")
 @as_json
+@resumable
 def pack(
     inputs, out, eval_fraction, eval_sources, shard_size, compress, gates, no_page, workers, resume, quiet, **given
 ) -> None:
@@ -89,7 +90,7 @@ def pack(
         store = f"{out.rstrip('/')}.store" if "://" in out else None
         encoding = Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"], store)
     progress = Progress(quiet=quiet)
-    with stoppable(out), destination(out, resume, progress) as folder:
+    with destination(out, resume, progress) as folder:
         folders = pack_inputs(
             inputs,
             folder,

@@ -1,14 +1,27 @@
 """`prep encode`: parse, call, print."""
 
+import functools
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import click
 
 from prep.encode.options import DEDUP, END_OF_TURN, ENGINES, ON_ERROR, TRAIN_ON, EncodeOptions, MaskPolicy
 from prep.options import Size, as_json, echo_json
+
+
+def resumable(command: Callable) -> Callable:
+    """Ctrl-C at any moment of a command that writes `out` ends with one sentence that says how to go on."""
+
+    @functools.wraps(command)
+    def run(*, out: str, **given) -> None:
+        try:
+            command(out=out, **given)
+        except KeyboardInterrupt:
+            raise click.ClickException(f"stopped; what is finished is kept in {out}: go on with --resume") from None
+
+    return run
 
 
 @click.command()
@@ -70,6 +83,7 @@ from prep.options import Size, as_json, echo_json
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run with the same options stopped.")
 @click.option("--quiet", is_flag=True, help="No progress; errors only.")
 @as_json
+@resumable
 def encode(
     inputs, out, mix, columns, roles, workers, unit_range, runner, ray_address, resume, quiet, as_json, **given
 ) -> None:
@@ -96,33 +110,23 @@ def encode(
         def report(p) -> None:
             update(p.units_done, p.units, progress_note(p, time.monotonic() - begin))
 
-        with stoppable(out):
-            content = write_store(
-                sources,
-                out,
-                options,
-                workers=workers or len(os.sched_getaffinity(0)),
-                resume=resume,
-                progress=report,
-                runner=runner,
-                ray_address=ray_address,
-                unit_range=_part(unit_range),
-            )
+        content = write_store(
+            sources,
+            out,
+            options,
+            workers=workers or len(os.sched_getaffinity(0)),
+            resume=resume,
+            progress=report,
+            runner=runner,
+            ray_address=ray_address,
+            unit_range=_part(unit_range),
+        )
     if as_json:
         echo_json(_summary(out, content, unit_range))
     elif not quiet and content is None:
         click.echo(f"{out}: part {unit_range} is done; run once more without --unit-range, with --resume, when all are")
     elif not quiet:
         _print_summary(out, content)
-
-
-@contextmanager
-def stoppable(out: str) -> Iterator[None]:
-    """Ctrl-C inside ends with one sentence that says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise click.ClickException(f"stopped; what is finished is kept in {out}: go on with --resume") from None
 
 
 def progress_note(p, seconds: float) -> str:
@@ -164,7 +168,7 @@ def _part(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     part, _, parts = text.partition("/")
-    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise click.UsageError(f"--unit-range {text}: expected I/N with I from 1 to N")
     return int(part), int(parts)
 

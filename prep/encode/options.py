@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from datetime import date
 
 UNIT_BYTES = 4 << 20
 """Bytes of input a work unit: small enough to balance two workers, large enough to hide the cost of a file."""
@@ -70,6 +71,11 @@ class EncodeOptions:
             raise ValueError(f"unit_bytes is {self.unit_bytes}; it must be at least 1")
         if self.max_errors is not None:
             self.error_limit(0)
+        if self.template_date is not None:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError:
+                raise ValueError(f"template_date is {self.template_date!r}; give a day as YYYY-MM-DD") from None
 
     def error_limit(self, records: int) -> float:
         """How many bad records of so many are allowed."""
@@ -80,13 +86,14 @@ class EncodeOptions:
             limit = float(text[:-1]) / 100 * records if text.endswith("%") else int(text)
         except ValueError:
             limit = -1
-        if limit < 0:
+        if not 0 <= limit < float("inf"):
             raise ValueError(f"max_errors is {self.max_errors!r}; give a count like 100 or a percentage like 0.5%")
         return limit
 
     def identity(self) -> dict:
         """The options as JSON-compatible values, without paths."""
         value = dataclasses.asdict(self)
+        del value["max_errors"]  # whoever finds it too low goes on with a higher one
         del value["tokenizer"], value["chat_template"]  # what they hold is hashed
         value["mask"]["roles"] = list(self.mask.roles)
         return value

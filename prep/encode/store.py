@@ -276,7 +276,9 @@ def read_store(path: Path) -> dict | None:
 
 
 def check_version(place: object, content: dict) -> dict:
-    """`content` of a store.json; ValueError when it is of another version of the format."""
+    """`content` of a store.json; ValueError when it is none, or of another version of the format."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{place}/{STORE_NAME}: holds no store's description; remove the store and encode again")
     if content.get("store_version") != STORE_VERSION:
         raise ValueError(
             f"{place}: store version {content.get('store_version')}, this program reads {STORE_VERSION}; encode again"

@@ -67,7 +67,11 @@ class Workers:
             self._process = context.Process(
                 target=_nursery, args=(control, theirs, self._early, setup, os.getpid()), daemon=True
             )
+            # Ctrl-C goes to the whole group, but a process that still imports would answer with a trace: until it can
+            # decide, the signal waits (a new process inherits that).
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             self._process.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._pipes = [pair[0] for pair in pairs]
             for pipe in (control, *theirs):
                 pipe.close()
@@ -202,7 +206,7 @@ def _nursery(control, pipes, early, setup: bytes | None, parent: int) -> None:
             os.kill(pid, signal.SIGTERM)
         for pid in list(children):
             os.waitpid(pid, 0)
-        sys.exit(0)
+        os._exit(0)  # at once: a thread that loads a tokenizer would be torn off, which the C library reports as fatal
 
     signal.signal(signal.SIGTERM, end)
     if early is not None:
@@ -212,7 +216,7 @@ def _nursery(control, pipes, early, setup: bytes | None, parent: int) -> None:
             control.send(_answer(_unpickled, setup))
         function, count = control.recv()
     except (EOFError, BrokenPipeError):
-        return
+        os._exit(0)  # as above
     nursery = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # no end between a fork and its entry in `children`
     for number in range(count):

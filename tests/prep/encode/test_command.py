@@ -88,6 +88,89 @@ if __name__ == "__main__":
 """
 
 
+CTRL_C_WHILE_WORKERS_START = """
+import os, signal, time
+from prep.encode.command import encode
+from prep.engine.local import Workers
+
+def interrupted(self):
+    time.sleep(0.2)  # the process that workers come from imports meanwhile
+    os.killpg(0, signal.SIGINT)  # as a terminal does: to all processes at once
+    signal.pause()
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    Workers.setup_result = interrupted
+    encode()
+"""
+
+
+def test_ctrl_c_before_the_first_unit(tmp_path, byte_level, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(5))
+    given = [path, "--out", tmp_path / "s", "--tokenizer", byte_level, "--workers", "2", "--unit-bytes", "200"]
+    (tmp_path / "program.py").write_text(CTRL_C_WHILE_WORKERS_START)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py", *given],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+    )
+    message = f"Error: stopped; what is finished is kept in {tmp_path / 's'}: go on with --resume\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prep.encode.sources.as_sources", stop)
+    for words in (["encode"], ["pack", "--seq-len", "64"]):
+        result = CliRunner().invoke(main, [*words, *map(str, given[:5])])
+        assert (result.exit_code, result.output) == (1, message)
+    monkeypatch.setattr("prep.cli.importlib.import_module", stop)
+    result = CliRunner().invoke(main, ["lint", str(tmp_path)])
+    assert (result.exit_code, result.output) == (1, "Error: stopped; run the same command once more\n")
+    assert CliRunner().invoke(command_of(monkeypatch), [*map(str, given), "--resume"]).exit_code == 0
+
+
+def command_of(monkeypatch):
+    """`prep encode`, no longer interrupted."""
+    monkeypatch.undo()
+    return command
+
+
+def test_values_of_options_that_are_none(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(5))
+    given = ["encode", path, "--out", tmp_path / "s", "--tokenizer", byte_level, "--quiet"]
+    for option, value, reason in (
+        ("--max-errors", "nan%", "max_errors is 'nan%'; give a count"),
+        ("--max-errors", "inf%", "max_errors is 'inf%'; give a count"),
+        ("--max-errors", "-1", "max_errors is '-1'; give a count"),
+        ("--unit-range", "²/3", "--unit-range ²/3: expected I/N"),
+        ("--template-date", "tomorrow", "template_date is 'tomorrow'; give a day as YYYY-MM-DD"),
+    ):
+        result = CliRunner().invoke(main, list(map(str, [*given, option, value])))
+        assert reason in result.output
+        assert result.exit_code in (1, 2)
+        assert not (tmp_path / "s").exists()
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "store.json").write_text("[]")
+    result = CliRunner().invoke(main, list(map(str, given)))
+    assert "store.json: holds no store's description; remove the store" in result.output
+
+
+def test_a_higher_max_errors_goes_on_where_too_many_stopped(tmp_path, byte_level):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{\n{\n')
+    given = ["encode", path, "--out", tmp_path / "s", "--tokenizer", byte_level, "--on-error", "skip", "--quiet"]
+    failed = CliRunner().invoke(main, list(map(str, [*given, "--max-errors", "1"])))
+    assert "more than --max-errors 1 allows" in failed.output
+    raised = CliRunner().invoke(main, list(map(str, [*given, "--max-errors", "2", "--resume"])))
+    assert raised.exit_code == 0, raised.output
+    run(path, tmp_path / "whole", byte_level, on_error="skip", max_errors="80%")
+    assert digest(tmp_path / "s") == digest(tmp_path / "whole")
+
+
 def test_ctrl_c_ends_cleanly_and_can_be_resumed(tmp_path, byte_level):
     path = write_jsonl(tmp_path / "a.jsonl", chats(500))
     (tmp_path / "program.py").write_text(CTRL_C_AFTER_THREE_UNITS)
