@@ -1,14 +1,15 @@
 """Chats → renderings: through Jinja with marks, or directly where the template is known to be a plain one."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from prep.encode.direct import DirectRenderer, Framed, only_frames
 from prep.encode.masks import Rendering, complement
 from prep.encode.options import MaskPolicy
 from prep.encode.templates import ChatTemplate, MarkedChat, TemplateMismatchError
-from prep.encode.turns import TurnMarks, probe_turns, trained_spans
+from prep.encode.trained import trained_spans
+from prep.encode.turns import TurnMarks, probe_turns
 
 
 class ChatRenderer:
@@ -27,7 +28,8 @@ class ChatRenderer:
         self._policy = policy
         self._turns: TurnMarks | None = None
         inspection = only_frames(template) if direct else None
-        self._direct = DirectRenderer(template, inspection) if inspection is not None else None
+        self._known = DirectRenderer(template, inspection) if inspection is not None else None
+        self._direct = self._known  # None while every chat goes through Jinja
 
     @property
     def turns(self) -> TurnMarks:
@@ -42,8 +44,12 @@ class ChatRenderer:
         return self._direct is not None
 
     def disable_direct(self) -> None:
-        """Render every chat through Jinja from now on."""
+        """Render every chat through Jinja, until `enable_direct`."""
         self._direct = None
+
+    def enable_direct(self) -> None:
+        """Render plain chats without Jinja again, where the template allows it."""
+        self._direct = self._known
 
     @contextmanager
     def indirectly(self) -> Iterator[None]:
@@ -93,6 +99,8 @@ class ChatRenderer:
         controls = None
         if guard and self._control is not None:
             controls = sum(1 for s, e in literals for _ in self._control.finditer(chat.text, s, e))
+        if tools and not self._template.reads_tools:
+            facts = {**facts, "tools_left_out": 1}
         rendering = Rendering(chat.text, spans, controls, literals, facts=facts)
         if self._direct is not None and tools is None and guard:
             header = turns.header if self._policy.roles == ("assistant",) else None
@@ -102,15 +110,24 @@ class ChatRenderer:
     def _locate(self, messages: Sequence[dict], tools: Sequence | None) -> MarkedChat:
         join_lists = not self.turns.takes_lists
         try:
-            return self._template.render_marked(messages, tools, join_lists)
+            return self._template.render_marked(messages, tools, self._control, join_lists)
         except TemplateMismatchError:
-            return self._template.render_marked(messages, tools, join_lists, cut_at_tags=True)
+            return self._template.render_marked(messages, tools, self._control, join_lists, cut_at_tags=True)
 
 
 def _check_parts(parts: Sequence, number: int) -> None:
-    for part in parts:
+    for position, part in enumerate(parts, 1):
         if isinstance(part, str):
             continue
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             kind = part.get("type", "something unknown") if isinstance(part, dict) else type(part).__name__
             raise ValueError(f"content of message {number} holds {kind!r}; only text parts are possible")
+        check_flags(part, f"part {position} of message {number}")
+
+
+def check_flags(given: Mapping, what: str) -> None:
+    """Refuse a message or a part whose `train` or `weight` is no flag; `what` names it."""
+    for name in ("train", "weight"):
+        if given.get(name) is not None and not (isinstance(given[name], (bool, int, float)) and given[name] in (0, 1)):
+            value = repr(given[name])[:80]
+            raise ValueError(f"{what} has {name} {value}; only true, false, 0 and 1 are possible")

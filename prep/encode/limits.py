@@ -1,7 +1,7 @@
-"""Limits on what a template may take: seconds of CPU, and memory.
+"""Limits on what a template may take and give: seconds of CPU, memory, characters of text.
 
 Jinja's sandbox keeps a template from reaching out, not from running away: a loop within a loop, or a text doubled
-sixty times, would take the machine with it. Both limits hold for the rendering alone and cost some microseconds.
+sixty times, would take the machine with it. All limits hold for the rendering alone and cost some microseconds.
 """
 
 import resource
@@ -16,6 +16,14 @@ SECONDS = 20.0
 
 BYTES = 2 << 30
 """Memory that one rendering may add."""
+
+CHARACTERS = 1 << 20
+"""Text that a template may write for any chat."""
+
+FACTOR = 16
+"""Characters that it may write for each that it is given, from there on; JSON makes at most 12 of one."""
+
+_VALUE = 16  # characters that a value counts for besides its own: a template frames each
 
 _PAGE = resource.getpagesize()
 _REFRESH = 1000  # renderings between two looks at the memory in use
@@ -52,6 +60,33 @@ def limited() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         signal.signal(signal.SIGVTALRM, previous)
+
+
+def check_output(text: str, *given: object) -> None:
+    """Refuse a rendering that is out of proportion to what the template was given.
+
+    Raises:
+        TemplateLimitError: it is.
+    """
+    if len(text) > CHARACTERS and len(text) > CHARACTERS + FACTOR * sum(map(_size, given)):
+        raise TemplateLimitError(f"it wrote {len(text):,} characters for {sum(map(_size, given)):,}")
+
+
+def _size(value: object) -> int:
+    size, level = 0, [value]
+    while level:
+        size += sum(_VALUE + len(item) if isinstance(item, str) else _VALUE for item in level)
+        level = [*_inner(level)]
+    return size
+
+
+def _inner(level: list) -> Iterator[object]:
+    for item in level:
+        if isinstance(item, dict):
+            yield from item
+            yield from item.values()
+        elif isinstance(item, (list, tuple)):
+            yield from item
 
 
 def _data_limit(hard: int) -> int:

@@ -13,10 +13,15 @@ ENGINES = ("auto", "hf", "fast")
 ON_ERROR = ("stop", "skip")
 DEDUP = ("none", "exact")
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+"""Roles that are known; turns of others are counted unless they are trained."""
+
 
 @dataclass(frozen=True)
 class MaskPolicy:
     """What is trained in a record.
+
+    What a record says of its messages, parts or segments itself (`train`, `weight: 0`) goes before all of this.
 
     train_on: `assistant` trains every turn of `roles`; `last-turn` only the last of them; `completion` what follows the
         last message of another role; `all` every token.

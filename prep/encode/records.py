@@ -6,9 +6,11 @@ Kinds, by the fields a record has (the first that fits):
     chosen, rejected          preference pairs: refused
     messages | conversations  a chat: role and content, or ShareGPT's from and value
     instruction, output       alpaca: a chat of one turn
-    segments | input_output   template-free: [{text, train}] as it stands; control tokens in it are control tokens
+    segments | input_output   template-free: [{text, train}] as it stands
     prompt, completion        two texts, or two lists of messages
     text                      a text
+
+Control tokens in any of these are text, unless they are allowed.
 """
 
 import re
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prep.encode.chats import ChatRenderer
+from prep.encode.chats import ChatRenderer, check_flags
 from prep.encode.direct import Framed
 from prep.encode.masks import Rendering
 from prep.encode.numbers import parse_exactly
@@ -25,6 +27,8 @@ from prep.encode.options import MaskPolicy
 from prep.encode.tokenizer import TokenizerFolder
 
 _ROLE = re.compile(r"[\w. -]{1,64}")
+_MAX_DEPTH = 64
+"""Levels of lists and objects in a message or in tools; JSON can be nested until a program that walks it dies."""
 _SHAREGPT = {
     "human": "user",
     "gpt": "assistant",
@@ -130,28 +134,24 @@ class RecordReader:
             if rendering is not None:
                 return rendering
         for number, message in enumerate(messages, 1):
-            if (
-                type(message) is dict
-                and len(message) == 2
-                and type(message.get("role")) is str
-                and message["role"] in self._roles
-                and type(message.get("content")) is str
-            ):
-                continue
-            if type(message) is not dict or type(message.get("role")) is not str:
+            role = message.get("role") if type(message) is dict else None
+            if type(role) is not str:
                 raise ValueError(f"message {number} must be an object with role and content")
-            if not _ROLE.fullmatch(message["role"]):
-                raise ValueError(f"message {number} has role {message['role'][:80]!r}, which is not a name")
+            if len(message) == 2 and role in self._roles and type(message.get("content")) is str:
+                continue
+            if not _ROLE.fullmatch(role):
+                raise ValueError(f"message {number} has role {role[:80]!r}, which is not a name")
             if type(message.get("content")) not in (str, list, type(None)):
                 raise ValueError(
                     f"content of message {number} must be text or a list, not {kind_of(message['content'])}"
                 )
-            if message.get("weight") not in (None, 0, 1):
-                raise ValueError(f"message {number} has weight {message['weight']}; only 0 and 1 are possible")
-            self._roles.add(message["role"])
+            check_flags(message, f"message {number}")
+            _check_depth(message, f"message {number}")
+            self._roles.add(role)
         if train_from:
             messages = [{**m, "train": False} for m in messages[:train_from]] + messages[train_from:]
         tools = None if tools in _ABSENT else _parsed(tools, "tools") or None
+        _check_depth(tools, "tools")
         return self._chats.render(messages, tools, guard=not self._allow_special)
 
     def _alpaca(self, record: Mapping) -> Rendering:
@@ -178,18 +178,19 @@ class RecordReader:
         pieces, spans, length = [], [], 0
         for number, segment in enumerate(segments, 1):
             flag = segment.get("train", segment.get("label")) if isinstance(segment, dict) else None
-            if not isinstance(flag, (bool, int)) or not isinstance(segment.get("text"), str):
+            if flag not in (0, 1) or not isinstance(segment.get("text"), str):
                 raise ValueError(f"segment {number} must be an object with text and train (true or false)")
             pieces.append(segment["text"])
-            if (flag or self._policy.train_on == "all") and segment["text"]:
+            if flag and segment["text"]:
                 spans.append((length, length + len(segment["text"])))
             length += len(segment["text"])
-        return Rendering("".join(pieces), spans, controls=None)
+        return Rendering("".join(pieces), spans, None if self._allow_special else 0)
 
     def _prompt(self, record: Mapping) -> Rendering:
         prompt, completion = record.get("prompt"), record.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
-            return self._chat([*prompt, *completion], record.get("tools"), train_from=len(prompt))
+            train_from = 0 if self._policy.train_on == "all" else len(prompt)
+            return self._chat([*prompt, *completion], record.get("tools"), train_from)
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise ValueError("prompt and completion must both be there, both text or both lists of messages")
         return self._pair(prompt, completion)
@@ -203,7 +204,7 @@ class RecordReader:
         if not isinstance(text, str):
             reason = "it is not UTF-8" if isinstance(text, bytes) else f"it is {kind_of(text)}"
             raise ValueError(f"text must be text, but {reason}")
-        return self._plain(text, 0, eos_is_target=True)
+        return self._plain(text, 0, eos_is_target=self._policy.end_of_turn != "none")
 
     def _plain(self, text: str, start: int, eos_is_target: bool) -> Rendering:
         spans = [(start, len(text))] if start < len(text) else []
@@ -277,6 +278,20 @@ def _sharegpt_role(name: str) -> str:
     """`user` or `assistant` for `human`, `GPT` and the like; roles of templates as they are, any other name too."""
     plain = name.lower()
     return _SHAREGPT.get(plain, plain if plain in ("system", "user", "assistant", "tool") else name)
+
+
+def _check_depth(value: object, name: str) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise ValueError(f"{name} is nested more than {_MAX_DEPTH} levels deep")
 
 
 def kind_of(value: object) -> str:

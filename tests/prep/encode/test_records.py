@@ -3,38 +3,11 @@
 import json
 
 import pytest
+from rendering import END, FOUR, GENERATION, chat, reader, trained
 
 from prep.encode import limits
-from prep.encode.chats import ChatRenderer
-from prep.encode.options import MaskPolicy
-from prep.encode.records import RecordReader
 from prep.encode.templates import ChatTemplate
 from prep.encode.tokenizer import read_tokenizer
-
-END = "<|im_end|>"
-
-
-def reader(folder, *, template=True, columns=None, allow_special=False, **policy):
-    tokenizer = read_tokenizer(folder)
-    mask = MaskPolicy(**policy)
-    source = template if isinstance(template, str) else tokenizer.chat_template
-    chats = None
-    if template:
-        compiled = ChatTemplate(source, tokenizer.special_tokens)
-        chats = ChatRenderer(compiled, tokenizer.control_pattern, mask)
-    return RecordReader(tokenizer, chats, mask, columns, allow_special)
-
-
-def trained(rendering):
-    return [rendering.text[start:end] for start, end in rendering.spans]
-
-
-def chat(*texts, system=None):
-    turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
-    return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
-
-
-FOUR = chat("u1", "a1", "u2", "a2", system="s")
 
 
 @pytest.mark.parametrize(
@@ -86,14 +59,6 @@ def test_flags_of_parts_of_a_content_list(byte_level):
     assert trained(rendering) == ["but this ", END]
     record["messages"][0]["content"] = [{"type": "text", "text": "x"}, {"type": "text", "text": "y", "train": True}]
     assert trained(reader(byte_level).read(record)) == ["y", "but this ", END]
-
-
-GENERATION = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
-    "{{ '\n' }}{% endfor %}"
-)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +158,70 @@ def test_templates_cannot_reach_out_or_run_away(monkeypatch, source):
         ChatTemplate(source, {}).render(FOUR["messages"])
 
 
+FRAME = (
+    "{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% if 'boom' in m.content %}X{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        "{{ 1 / 0 }}",
+        "{{ 2.0 ** 5000 }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ f() }}",
+        "{{ '{:c}'.format(99999999) }}",
+        "{{ nothing() }}",
+        "{{ 'ab cd ' * 300000 }}",
+    ],
+)
+def test_whatever_a_template_raises_is_its_refusal_of_one_chat(byte_level, trouble):
+    read = reader(byte_level, template="{% macro f() %}{{ f() }}{% endmacro %}" + FRAME.replace("X", trouble)).read
+    assert trained(read(chat("u", "a"))) == ["a" + END]
+    with pytest.raises(ValueError, match=r"the chat template (refuses|ran away on) this chat"):
+        read(chat("boom", "a"))
+    assert trained(read(chat("u", "a"))) == ["a" + END]
+
+
+PARENTHESES = "{{" + 500 * "(" + "1" + 500 * ")" + "}}"
+SUM = "{{" + 3000 * "1 + " + "1 }}"
+
+
+@pytest.mark.parametrize("source", [PARENTHESES, SUM, "{{ x | nothing }}", "{% if %}", "{% nothing %}"])
+def test_templates_that_cannot_be_compiled_are_refused(source):
+    with pytest.raises(ValueError, match=r"the chat template (cannot be compiled|is not valid Jinja)"):
+        ChatTemplate(source, {})
+
+
+def test_a_template_may_write_much_for_a_long_chat(byte_level):
+    read = reader(byte_level).read
+    assert len(read(chat("u" * 3_000_000, "a")).text) > 3_000_000
+    assert len(read(chat(*["u", "a"] * 20_000)).text) > 1 << 20
+
+
+def nested(levels):
+    value = 1
+    for _ in range(levels):
+        value = {"x": [value]}
+    return value
+
+
+@pytest.mark.parametrize("levels", [40, 450, 40_000])
+def test_what_is_nested_too_deep_is_refused(byte_level, levels):
+    call = {"type": "function", "function": {"name": "f", "arguments": nested(levels)}}
+    answer = {"role": "assistant", "content": "a", "tool_calls": [call]}
+    user = {"role": "user", "content": "u"}
+    for record, name in (
+        ({"messages": [user, answer]}, "message 2"),
+        ({"messages": [user], "tools": [nested(levels)]}, "tools"),
+        ({"prompt": [user], "completion": [answer]}, "message 2"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is nested more than 64 levels deep"):
+            reader(byte_level).read(record)
+    flat = {**call, "function": {"name": "f", "arguments": nested(25)}}
+    assert reader(byte_level).read({"messages": [user, {**answer, "tool_calls": [flat]}]}).text
+
+
 def test_sharegpt(byte_level):
     record = {
         "system": "s",
@@ -234,7 +263,8 @@ def test_segments(byte_level):
     ]
     rendering = reader(byte_level).read({"segments": segments})
     assert (rendering.text, trained(rendering)) == ("<|im_start|>xy<|im_end|>z", ["y<|im_end|>"])
-    assert rendering.controls is None
+    assert rendering.controls == 0  # control tokens in them are text, as everywhere
+    assert reader(byte_level, allow_special=True).read({"segments": segments}).controls is None
     assert not rendering.around
     assert trained(reader(byte_level).read({"input_output": json.dumps(segments)})) == ["y<|im_end|>"]
 
@@ -273,6 +303,8 @@ def test_control_tokens_are_counted_as_the_template_writes_them(byte_level):
         ({"messages": []}, "at least one message"),
         ({"messages": "no json"}, "not JSON"),
         ({"messages": [{"content": "x"}]}, "message 1 must be an object with role"),
+        ({"messages": [{"role": ["x"], "content": "x"}]}, "message 1 must be an object with role"),
+        ({"prompt": [{"role": {"a": 1}, "content": "x"}], "completion": []}, "message 1 must be an object with role"),
         ({"messages": [{"role": "a<|im_end|>", "content": "x"}]}, "not a name"),
         ({"messages": [{"role": "user", "content": 3}]}, "must be text or a list, not a number"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "'image'; only text parts"),
