@@ -73,6 +73,10 @@ def encode_unit(job: Job, unit: Unit) -> UnitResult:
 def _encode_into(folder: Path, job: Job, unit: Unit) -> UnitResult:
     encoder = _encoder(job)
     differences = []
+    # Every unit is judged by itself, whichever process it falls to and whatever came before.
+    encoder.fast = True
+    if (chats := encoder.chats(unit.source)) is not None:
+        chats.enable_direct()
     while True:
         try:
             run = _UnitRun(job, unit, encoder)
@@ -83,10 +87,9 @@ def _encode_into(folder: Path, job: Job, unit: Unit) -> UnitResult:
             encoder.fast = False
         except DirectDiffersError:
             differences.append("direct_rendering_differed_units")
-            encoder.chats(unit.source).disable_direct()
+            chats.disable_direct()
     for name in differences:
         ledger.note(job.sources[unit.source].name, name, 1)
-    encoder.fast = True  # the next unit is judged by itself, whichever process it falls to
     return run.writer.finish(ledger, run.rejected)
 
 

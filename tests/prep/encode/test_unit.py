@@ -109,3 +109,21 @@ def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tm
     store = run(path, tmp_path / "wrong", byte_level)
     assert documents(store) == documents(expected)
     assert store.ledger.total()["notes"]["direct_rendering_differed_units"] == 1
+
+
+def test_a_difference_in_one_unit_says_nothing_of_the_next(tmp_path, byte_level, monkeypatch):
+    """Else the notes would depend on which process ran which unit, and on crashes."""
+    path = write_jsonl(tmp_path / "a.jsonl", chats(200))
+    real = DirectRenderer.render
+
+    def wrong(self, messages):
+        rendering = real(self, messages)
+        if rendering is not None:
+            rendering.text += "!"
+        return rendering
+
+    monkeypatch.setattr(DirectRenderer, "render", wrong)
+    store = run(path, tmp_path / "store", byte_level, unit_bytes=10_000)
+    units = len(json.loads((tmp_path / "store" / "store.json").read_text())["units"])
+    assert units > 3
+    assert store.ledger.total()["notes"]["direct_rendering_differed_units"] == units
