@@ -25,10 +25,29 @@ PERIODS = 16
 TRUNCATED_SHARE = 0.01
 
 NOTED = {
-    "turns_without_words": "have no words, so nothing of them is trained: empty answers, to be mended or left out",
-    "turns_without_a_trained_end": "have no end that is trained: the chat template does not close them",
+    "turns_without_words": (
+        "warning",
+        "turns of the model have no words, so nothing of them is trained: empty answers, to be mended or left out",
+    ),
+    "turns_without_a_trained_end": (
+        "warning",
+        "turns of the model have no end that is trained: the chat template does not close them",
+    ),
+    "turns_outside_generation": (
+        "warning",
+        "turns of the model are not trained: the {% generation %} blocks of the chat template leave them out",
+    ),
+    "turns_of_unknown_roles": (
+        "warning",
+        "turns are not trained, of roles that nobody knows: rename them, or train them with --train-role",
+    ),
+    "turns_left_out": ("warning", "turns are missing: the chat template writes none of their words"),
+    "tool_calls_left_out": ("warning", "turns lack tool calls: the chat template does not write them, or not all"),
+    "tools_left_out": ("warning", "chats lack the tools of their record: the chat template knows of no tools"),
+    "content_left_out": ("note", "turns lack a part of their content: the chat template leaves it out"),
+    "reasoning_left_out": ("note", "turns lack their reasoning: the chat template leaves it out"),
 }
-"""What encoding notes in the ledger, and what it means."""
+"""What encoding notes in the ledger: how bad that is, and what it means."""
 
 # One bit a property; the kernel sets them, `_findings` reads them.
 NO_TARGETS, ALL_TARGETS, TARGET_AT_START, NO_BOS, TWO_BOS, END_NOT_TRAINED, HAS_END, REPEATS, BAD_ID = (
@@ -156,10 +175,9 @@ def _findings(flags: np.ndarray, hashes: np.ndarray, places, facts: Facts) -> li
         text = "pad with the end-of-sequence token: harmless here; tools that mask by the pad id untrain every end"
         findings.append(finding("pad-is-eos", "note", total, 1.0, text, []))
     account = facts.ledger["total"]
-    for name, text in NOTED.items():
+    for name, (level, text) in NOTED.items():
         if count := account["notes"].get(name, 0):
-            check = name.replace("_", "-")
-            findings.append(finding(check, "warning", count, count / total, f"turns of the model {text}", []))
+            findings.append(finding(name.replace("_", "-"), level, count, count / total, text, []))
     cut = sum(count["tokens"] for count in account["truncated"].values())
     if cut:
         share = cut / account["read"]["tokens"]

@@ -95,6 +95,9 @@ def test_what_encoding_could_not_train_is_found():
     found, result = look(good(10), good(11), notes={"turns_without_words": 3, "compared_with_hf": 9})
     assert (found["turns-without-words"]["level"], found["turns-without-words"]["count"]) == ("warning", 3)
     assert result["warnings"] == 1
+    found, result = look(good(10), notes={"tool_calls_left_out": 2, "reasoning_left_out": 5})
+    assert (found["tool-calls-left-out"]["level"], found["tool-calls-left-out"]["count"]) == ("warning", 2)
+    assert (found["reasoning-left-out"]["level"], result["warnings"]) == ("note", 1)
 
 
 def template(folder: Path, text: str):
