@@ -141,11 +141,13 @@ def progress_note(p, seconds: float) -> str:
 
 def sources_of(inputs: tuple, mix: str | None, columns: tuple[str, ...], given: dict) -> list:
     """The sources that INPUTS or --mix, --column, --input-format and --text-by name."""
-    from prep.encode.sources import as_sources, read_mix
+    from prep.encode.sources import as_sources
 
     if bool(inputs) == bool(mix):
         raise click.UsageError("give either INPUTS or --mix")
     if mix:
+        from prep.encode.mix_file import read_mix
+
         return read_mix(mix)
     return as_sources(inputs, format=given["input_format"], text_by=given["text_by"], columns=_columns(columns))
 

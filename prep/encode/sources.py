@@ -8,7 +8,7 @@ the same for any number of workers.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -328,44 +328,3 @@ def _gather(parts: Sequence[tuple[int, int]], unit_bytes: int) -> list[_Cut]:
     if start < len(parts):
         cuts.append(_Cut(start, len(parts), size, first_row))
     return cuts
-
-
-def read_mix(path: str) -> list[SourceSpec]:
-    """Sources from a YAML file: `sources: [{name, paths, format, template, columns, weight, repeat, …}]`.
-
-    Relative paths count from the folder of the file.
-
-    Raises:
-        ValueError: not such a file; the message names the entry.
-    """
-    import yaml  # only runs with a mix need it
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({error})") from None
-    entries = content.get("sources") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: expected a list under `sources`")
-    return [_mix_entry(path, number, entry) for number, entry in enumerate(entries, 1)]
-
-
-def _mix_entry(path: str, number: int, entry: object) -> SourceSpec:
-    fields = set(SourceSpec.__dataclass_fields__)
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-        raise ValueError(f"{path}: source {number} must be an object with a name")
-    entry = dict(entry)
-    unknown = sorted(set(entry) - fields)
-    if unknown:
-        raise ValueError(
-            f"{path}: source {entry['name']} has unknown field {unknown[0]}; known are {', '.join(sorted(fields))}"
-        )
-    given = entry.pop("paths", None)
-    given = [given] if isinstance(given, str) else given
-    if not given:
-        raise ValueError(f"{path}: source {entry['name']} names no paths")
-    folder = os.path.dirname(os.path.abspath(path))
-    entry["paths"] = tuple(p if files.is_remote(p) or p.startswith("hf:") else os.path.join(folder, p) for p in given)
-    entry["columns"] = tuple(sorted((entry.get("columns") or {}).items()))
-    return SourceSpec(**entry)

@@ -1,9 +1,14 @@
 """Sources with weights, repeats and limits."""
 
+import numpy as np
 import pytest
-from encoding_runs import run, texts, write_jsonl
+from encoding_runs import chats, run, texts, write_jsonl
 
-from prep.encode.sources import SourceSpec, read_mix
+from prep.encode.mix import select
+from prep.encode.mix_file import read_mix
+from prep.encode.sources import SourceSpec
+from prep.encode.store import DocumentStore
+from prep.ledger import Ledger
 
 
 def test_shares_of_sources_are_exact_to_one_document(tmp_path, byte_level):
@@ -39,10 +44,58 @@ def test_a_mix_from_yaml(tmp_path, byte_level):
         ("sources: []", "a list under"),
         ("sources: [{name: x}]", "no paths"),
         ("sources: [{name: x, pats: y}]", "unknown field pats"),
+        ("sources: [{name: x, paths: a, columns: [text]}]", r"source x: columns is \['text'\]; expected names"),
+        ("sources: [{name: x, paths: a, columns: {text: 5}}]", "source x: columns is .*; expected names"),
+        ("sources: [{name: x, paths: 5}]", "source x: paths is 5; expected a path or a list"),
+        ("sources: [{name: x, paths: [5]}]", r"source x: paths is \[5\]; expected a path or a list"),
+        ("sources: [{name: x, paths: a, template: 5}]", "source x: template is 5; expected a text"),
+        ("sources: [{name: x, paths: a, format: [json]}]", "source x: format is .*; expected a text"),
+        ("sources: [{name: x, paths: a, limit_tokens: 10.5}]", "limit_tokens is 10.5; expected a whole number"),
+        ("sources: [{name: x, paths: a, limit_tokens: .inf}]", "limit_tokens is inf; expected a whole number"),
+        ("sources: [{name: x, paths: a, weight: 1e6}]", "weight is '1e6'; expected a number"),
+        ("sources: [{name: x, paths: a, weight: yes}]", "weight is True; expected a number"),
+        ("sources: \xff", "not readable as YAML"),
     ):
-        (tmp_path / "bad.yaml").write_text(text)
+        (tmp_path / "bad.yaml").write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=reason):
             read_mix(str(tmp_path / "bad.yaml"))
+
+
+def test_a_mix_counts_templates_and_limits_as_its_paths_do(tmp_path, byte_level, monkeypatch):
+    """Files from the folder of the YAML, wherever the command is run; 1000.0 is a whole number."""
+    (tmp_path / "deep").mkdir()
+    write_jsonl(tmp_path / "deep" / "a.jsonl", chats(20))
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "deep" / "t.jinja").write_text(template)
+    (tmp_path / "deep" / "mix.yaml").write_text(
+        "sources: [{name: x, paths: a.jsonl, template: t.jinja, limit_tokens: 100.0},"
+        " {name: y, paths: [a.jsonl], template: chatml}]"
+    )
+    monkeypatch.chdir(tmp_path)
+    specs = read_mix("deep/mix.yaml")
+    assert [spec.template for spec in specs] == [str(tmp_path / "deep" / "t.jinja"), "chatml"]
+    store = run(specs, tmp_path / "s", byte_level)
+    (_, first, last), _ = store.info.sources
+    assert abs(int(store.lengths[first:last].sum()) - 100) <= int(store.lengths.max())
+
+
+def test_a_limit_holds_with_weights_too(tmp_path, byte_level):
+    a = (str(write_jsonl(tmp_path / "a.jsonl", texts(200))),)
+    specs = [SourceSpec("a", a, weight=1, limit_tokens=300), SourceSpec("b", a, weight=2)]
+    store = run(specs, tmp_path / "s", byte_level)
+    tokens = {name: int(store.lengths[first:last].sum()) for name, first, last in store.info.sources}
+    assert abs(tokens["a"] - 300) <= store.lengths.max()
+    assert abs(tokens["b"] - 600) <= store.lengths.max()
+
+
+def test_equal_hashes_are_looked_into(tmp_path, byte_level, monkeypatch):
+    """Documents of one hash that differ stay: hashes of 64 bits meet sooner or later."""
+    store = run(write_jsonl(tmp_path / "a.jsonl", [*texts(6), *texts(2)]), tmp_path / "s", byte_level)
+    monkeypatch.setattr(DocumentStore, "doc_hashes", np.zeros(len(store), np.uint64))
+    ledger = Ledger()
+    ledger.keep("a", len(store), int(store.lengths.sum()))
+    (rows,) = select(store, [(0, len(store))], [SourceSpec("a", ())], ledger, dedup=True)
+    assert set(rows.tolist()) >= set(range(6)), "no document that differs from all others goes"
 
 
 def test_shares_that_cannot_be_are_refused_before_any_work(tmp_path, byte_level):
@@ -51,6 +104,9 @@ def test_shares_that_cannot_be_are_refused_before_any_work(tmp_path, byte_level)
         ([SourceSpec("a", path, weight=1), SourceSpec("b", path)], "source b: with weights every source has a weight"),
         ([SourceSpec("a", path, weight=1, repeat=2)], "none a repeat"),
         ([SourceSpec("a", path, repeat=0)], "repeat is 0"),
+        ([SourceSpec("a", path, weight=float("inf"))], "weight is inf"),
+        ([SourceSpec("a", path, repeat=float("nan"))], "repeat is nan"),
+        ([SourceSpec("a", path, max_epochs=float("inf"))], "max_epochs is inf"),
         ([SourceSpec("a", path), SourceSpec("a", path)], "two sources are called a"),
     ):
         with pytest.raises(ValueError, match=reason):
