@@ -49,6 +49,14 @@ def _answering(path: str) -> Iterator[None]:
         raise AddressError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
 
 
+def absolute(path: str) -> str:
+    """A path that leads to the same place from every working directory. Addresses and names of the hub stay."""
+    if path.startswith("hf:"):
+        name = re.split("[:#]", path[3:], maxsplit=1)[0]
+        return f"hf:{os.path.abspath(name)}{path[3 + len(name) :]}" if os.path.exists(name) else path
+    return path if is_remote(path) else os.path.abspath(path)
+
+
 def is_web(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from prep.encode.builtin import load_template
-from prep.encode.files import file_stamp, is_remote
+from prep.encode.builtin import BUILTIN, load_template
+from prep.encode.files import absolute, file_stamp, is_remote
 from prep.encode.mix import check_shares, select
 from prep.encode.options import EncodeOptions
 from prep.encode.preload import begin_fast
@@ -106,6 +106,8 @@ def write_store(
         fresh = _claim(storage, plan, resume or unit_range is not None) and unit_range is None
         run = pool.run if runner == "local" else _on_ray(ray_address)
         job = Job(str(place), options, tuple(sources), plan["engine"])
+        if runner == "ray":
+            job, units = _from_anywhere(job, units)
         with storage.alone(shared=unit_range is not None):
             begun = frozenset() if fresh else storage.begun_units()
             units = [replace(unit, begun=True) if unit.index in begun else unit for unit in units]
@@ -150,6 +152,20 @@ def _on_ray(address: str | None) -> Callable:
 
     forget_tokenizers()  # each node loads its own
     return functools.partial(run_units, address=address)
+
+
+def _from_anywhere(job: Job, units: Sequence[Unit]) -> tuple[Job, list[Unit]]:
+    """The same with absolute paths: the processes of a cluster have other working directories."""
+
+    def template(name: str | None) -> str | None:
+        return name if name is None or name in BUILTIN else absolute(name)
+
+    options = replace(
+        job.options, tokenizer=absolute(job.options.tokenizer), chat_template=template(job.options.chat_template)
+    )
+    sources = tuple(replace(source, template=template(source.template)) for source in job.sources)
+    units = [replace(unit, path=absolute(unit.path)) for unit in units]
+    return replace(job, store=absolute(job.store), options=options, sources=sources), units
 
 
 def _finish(

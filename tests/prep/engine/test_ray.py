@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from trained_tokenizers import write_byte_level
 
+from prep.encode.files import absolute
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
 from prep.engine.ray import _knock, run_units
@@ -68,6 +69,19 @@ def test_an_address_without_a_cluster_is_refused_at_once():
 def test_a_killed_task_is_run_again(tmp_path):
     assert run_units(DieOnce(tmp_path / "mark"), list(range(5))) == list(range(5))
     assert (tmp_path / "mark").exists()
+
+
+def test_paths_count_from_where_the_command_is_run(tmp_path, monkeypatch):
+    """The processes of a cluster that stands already have another working directory."""
+    write_byte_level(tmp_path / "model")
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    options = EncodeOptions("model", chat_template="t.jinja")
+    assert len(encode(["a.jsonl"], "s", options, runner="ray")) == 1
+    assert absolute("hf:a.jsonl:x#train") == f"hf:{tmp_path}/a.jsonl:x#train"
+    assert [absolute(p) for p in ("hf:no/such", "s3://b/c", "/x")] == ["hf:no/such", "s3://b/c", "/x"]
 
 
 def test_the_store_is_the_same_byte_for_byte(tmp_path):
