@@ -1,7 +1,7 @@
 """Turn a checkpoint into a Hugging Face folder: `python train/export.py RUN --out DIR`.
 
 Runs in one process, without the shards and whatever mesh wrote the checkpoint. Tensors are read one at a time, so
-memory is one file of the export and one tensor. (The export at the end of a run is `train.hf.save_weights`.)
+memory is one file of the export and one tensor. (The export at the end of a run is `train.hf_write.save_weights`.)
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from train import hf
+from train import hf, hf_write
 from train.checkpoint import read_mark, readable, whole_checkpoints
 from train.model.decoder import Decoder
 from train.outdir import RUN_NAME
@@ -66,7 +66,7 @@ def export(
             dcp.load({"model": {name: whole}}, storage_reader=reader, no_dist=True)
         return whole
 
-    hf.write_folder(config, described, read, source, out, dtype=dtype, file_bytes=int(file_gb * GB))
+    hf_write.write_folder(config, described, read, source, out, dtype=dtype, file_bytes=int(file_gb * GB))
     return checkpoint
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from formats.dataset import PackedDataset
-from train import hf
+from train import hf, hf_write
 from train.attention.choose import choose_backend
 from train.attention.probe import check_isolation
 from train.balance import move_biases, take_load
@@ -231,7 +231,7 @@ def train(config: Config) -> None:
     if position.skipped:
         metrics.say(f"{position.skipped} of {position.step} steps were skipped: loss or gradient was not finite")
     if position.step == steps and config.run.export:
-        hf.save_weights(model, model_folder, out / "hf")
+        hf_write.save_weights(model, model_folder, out / "hf")
         metrics.say(f"exported {out / 'hf'}")
     metrics.close()
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ranks import run_ranks
-from train import hf
+from train import hf, hf_write
 from train.attention.interface import Segments
 from train.model.decoder import Decoder
 from train.model.initialize import init_weights
@@ -54,12 +54,12 @@ def edited(folder: Path, target: Path, **changes) -> Path:
     return target
 
 
-@pytest.mark.parametrize("file_bytes", [hf.FILE_BYTES, 40_000])
+@pytest.mark.parametrize("file_bytes", [hf_write.FILE_BYTES, 40_000])
 def test_round_trip_is_bit_equal_and_transformers_opens_it(tiny_dir, tmp_path, file_bytes):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "export"
-    hf.save_weights(load_plain(tiny_dir), tiny_dir, out, file_bytes=file_bytes)
+    hf_write.save_weights(load_plain(tiny_dir), tiny_dir, out, file_bytes=file_bytes)
     assert equal(tensors(out), tensors(tiny_dir))
     assert (out / hf.INDEX).exists() == (file_bytes == 40_000)
     assert len(list(out.glob("*.safetensors"))) == 1 or file_bytes == 40_000
@@ -74,7 +74,7 @@ def test_round_trip_is_bit_equal_and_transformers_opens_it(tiny_dir, tmp_path, f
 
 def test_export_in_bfloat16_says_so(tiny_llama_dir, tmp_path):
     out = tmp_path / "export"
-    hf.save_weights(load_plain(tiny_llama_dir), tiny_llama_dir, out, dtype=torch.bfloat16)
+    hf_write.save_weights(load_plain(tiny_llama_dir), tiny_llama_dir, out, dtype=torch.bfloat16)
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     rounded = {name: tensor.bfloat16() for name, tensor in tensors(tiny_llama_dir).items()}
     assert equal(tensors(out), rounded)
@@ -84,8 +84,8 @@ def test_export_in_bfloat16_says_so(tiny_llama_dir, tmp_path):
 def test_export_replaces_an_earlier_one_and_leaves_nothing_behind(tiny_llama_dir, tmp_path):
     out = tmp_path / "export"
     model = load_plain(tiny_llama_dir)
-    hf.save_weights(model, tiny_llama_dir, out, file_bytes=40_000)
-    hf.save_weights(model, tiny_llama_dir, out)
+    hf_write.save_weights(model, tiny_llama_dir, out, file_bytes=40_000)
+    hf_write.save_weights(model, tiny_llama_dir, out)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert not (out / hf.INDEX).exists()
     assert out.stat().st_mode & 0o777 == 0o755
@@ -96,9 +96,9 @@ def test_failed_export_leaves_nothing(tiny_llama_dir, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(hf, "save_file", fail)
+    monkeypatch.setattr(hf_write, "save_file", fail)
     with pytest.raises(RuntimeError, match="disk full"):
-        hf.save_weights(load_plain(tiny_llama_dir), tiny_llama_dir, tmp_path / "export")
+        hf_write.save_weights(load_plain(tiny_llama_dir), tiny_llama_dir, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,7 +200,7 @@ def load_and_export(folder: str, out: str, layout: str, how: str) -> None:
         ids = torch.arange(12)
         with torch.no_grad():
             model(ids, ids, Segments.of([12]), ids)
-    hf.save_weights(model, Path(folder), Path(out))
+    hf_write.save_weights(model, Path(folder), Path(out))
 
     init_weights(model, seed=3)
     alone = Decoder(model.config)

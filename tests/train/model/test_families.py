@@ -10,7 +10,7 @@ import transformers
 from reference import KeepDouble, distance, gradient_distances, pack, random_documents, run_by_documents
 from safetensors.torch import load_file
 
-from train import hf
+from train import hf, hf_write
 from train.model.config import Rope
 from train.model.decoder import Decoder
 from train.model.families import FAMILIES
@@ -218,7 +218,7 @@ def test_packed_equals_separate(case):
 def test_round_trip_is_bit_equal(case, tmp_path):
     folder, _ = case
     ours, _ = load(*case, torch.float32)
-    hf.save_weights(ours, folder, tmp_path / "out")
+    hf_write.save_weights(ours, folder, tmp_path / "out")
     before, after = (load_file(path / hf.WEIGHTS) for path in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
