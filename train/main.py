@@ -276,8 +276,8 @@ ECHO_SECONDS = 2.0
 
 class StopSignal:
     """Notes SIGTERM, SIGUSR1 and SIGINT, on which the run ends after its step. Repeats change nothing, for one stop may
-    arrive twice: Slurm and Ctrl-C signal every process of a job, and torchrun passes on what it got. Only a later
-    SIGINT, from somebody at the keyboard, ends the process at once."""
+    arrive twice: Ctrl-C and schedulers can signal every process of a job, and torchrun passes on what it got. A later
+    SIGINT alone, from somebody at the keyboard, ends the process at once."""
 
     def __init__(self):
         self.received = False
