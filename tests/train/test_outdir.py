@@ -6,11 +6,14 @@ import pytest
 
 from train.checkpoint import MARK, step_folder
 from train.config import build
-from train.outdir import RUN_NAME, _claim
+from train.outdir import RUN_NAME, _claim, _find_start
 
 
 def claim(out, resume="never"):
-    return _claim(build({"out": str(out), "resume": str(resume)}))
+    config = build({"out": str(out), "resume": str(resume)})
+    start = _find_start(config)
+    _claim(config)
+    return start
 
 
 def checkpoint_of(out, step):
