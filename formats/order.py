@@ -116,12 +116,21 @@ def accumulation(batch_packs: int, micro_packs: int, dp_size: int) -> int:
     return -(-batch_packs // (dp_size * micro_packs))
 
 
-def rank_positions(start: int, stop: int, batch_packs: int, micro_packs: int, dp_rank: int, dp_size: int) -> np.ndarray:
-    """Positions that one data-parallel rank trains in a step, int64[accumulation, micro_packs], `EMPTY` where none.
+def rank_positions(
+    start: int | np.ndarray,
+    stop: int | np.ndarray,
+    batch_packs: int,
+    micro_packs: int,
+    dp_rank: int,
+    dp_size: int,
+) -> np.ndarray:
+    """Positions that one data-parallel rank trains in a step, int64[accumulation, micro_packs], `EMPTY` where none; of
+    n steps at once, `start` and `stop` int64[n]: int64[n, accumulation, micro_packs].
 
     Packs are dealt round-robin, so that neighbours of the order (packs of like cost) run at the same time on
     different ranks. Every rank gets equally many rows, also in a short step: any world size works.
     """
     rows = accumulation(batch_packs, micro_packs, dp_size)
+    start, stop = np.asarray(start)[..., None], np.asarray(stop)[..., None]
     position = start + dp_rank + dp_size * np.arange(rows * micro_packs)
-    return np.where(position < stop, position, EMPTY).reshape(rows, micro_packs)
+    return np.where(position < stop, position, EMPTY).reshape(*start.shape[:-1], rows, micro_packs)

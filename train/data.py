@@ -31,12 +31,15 @@ from train.cut import WHOLE, Cut
 from train.lay import choose_lay
 from train.row import MicroBatch, Run
 
-RUN_TOKENS, RUN_ROWS = 1 << 17, 16
-"""Rows change hands between the threads in runs, of at most so many tokens and rows: a switch costs as much as filling
-16,000 tokens. More rows would only be made and filled for nothing before the first is used."""
+RUN_TOKENS, RUN_ROWS = 1 << 19, 64
+"""Rows change hands between the threads in runs, of at most so many tokens and rows (and no more than an epoch has):
+waking the other thread costs as much as filling 100,000 tokens."""
 
-RUNS = 4
-"""Runs of buffers: one in use, one being filled, two ready."""
+SPAN = 64
+"""Steps whose packs and facts are worked out at once: for one, numpy would take as long as for all of them."""
+
+RUNS = 3
+"""Runs of buffers: one in use, one ready, one being filled."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,11 @@ class Schedule:
             return mixed_order(self.streams, self.seed, epoch)
         return epoch_order(self.num_packs, self.order, self.block, self.seed, epoch)
 
-    def rank_packs(self, start: int, stop: int, order: np.ndarray, dp_rank: int, dp_size: int) -> np.ndarray:
+    def rank_packs(
+        self, start: int | np.ndarray, stop: int | np.ndarray, order: np.ndarray, dp_rank: int, dp_size: int
+    ) -> np.ndarray:
         """Pack ids that a rank trains in the step [start, stop) of an epoch, int64[accumulation, micro_packs], `EMPTY`
-        where the rank is short of a pack."""
+        where the rank is short of a pack; of several steps at once as `rank_positions`."""
         positions = rank_positions(start, stop, self.batch_packs, self.micro_packs, dp_rank, dp_size)
         return np.where(positions == EMPTY, EMPTY, order[positions])
 
@@ -139,12 +144,12 @@ class PackedLoader:
         self._dp_rank, self._dp_size, self._device = dp_rank, dp_size, device
         self.row_count = accumulation(schedule.batch_packs, schedule.micro_packs, dp_size)
         self.row_tokens = align_up(schedule.micro_packs * choose_lay(dataset, cut).capacity, cut.row_multiple)
-        self._consumed = consumed
+        self._facts = self._facts_to_come(consumed)
         self._order = (-1, np.empty(0, np.int64))
         self.stall_seconds = 0.0
         self.pairs = dict.fromkeys(windows, 0)
 
-        run_length = max(1, min(RUN_ROWS, RUN_TOKENS // self.row_tokens))
+        run_length = max(1, min(RUN_ROWS, RUN_TOKENS // self.row_tokens, schedule.steps(1) * self.row_count))
         pinned = device.type == "cuda"
         self._free: queue.SimpleQueue[Run | None] = queue.SimpleQueue()  # the buffers bound both queues
         for _ in range(RUNS):
@@ -158,20 +163,9 @@ class PackedLoader:
 
     def next_step(self) -> StepFacts:
         """Facts of the next step; its rows follow from `rows()`."""
-        epoch, start, stop = step_span(self._consumed, self._schedule.num_packs, self._schedule.batch_packs)
-        packs, index = self._epoch_order(epoch)[start:stop], self._dataset.index
-        self._consumed += stop - start
         self.stall_seconds = 0.0
         self.pairs = dict.fromkeys(self.pairs, 0)
-        return StepFacts(
-            epoch=epoch,
-            consumed=self._consumed,
-            packs=stop - start,
-            tokens=int(index.tokens[packs].sum(dtype=np.int64)),
-            target_tokens=int(index.target_tokens[packs].sum(dtype=np.int64)),
-            positions=self.row_count * self._dp_size * self.row_tokens,
-            sum_sq=int(index.sum_sq[packs].sum()),
-        )
+        return next(self._facts)
 
     def rows(self) -> Iterator[MicroBatch]:
         """The rows of the step that `next_step` announced, equally many on every rank.
@@ -212,16 +206,36 @@ class PackedLoader:
             self._order = (epoch, order)
         return order
 
+    def _spans(self, consumed: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Steps from `consumed` packs on, without end and up to SPAN of one epoch at a time: the epoch, where they
+        start and stop in its order (int64[n] each), the order."""
+        schedule = self._schedule
+        while True:
+            epoch, start, _ = step_span(consumed, schedule.num_packs, schedule.batch_packs)
+            ends = np.minimum(start + schedule.batch_packs * np.arange(SPAN + 1), schedule.num_packs)
+            ends = ends[: np.searchsorted(ends, schedule.num_packs) + 1]
+            yield epoch, ends[:-1], ends[1:], self._epoch_order(epoch)
+            consumed += int(ends[-1]) - start
+
+    def _facts_to_come(self, consumed: int) -> Iterator[StepFacts]:
+        index, positions = self._dataset.index, self.row_count * self._dp_size * self.row_tokens
+        for epoch, starts, stops, order in self._spans(consumed):
+            packs = order[starts[0] : stops[-1]]
+            columns = index.tokens, index.target_tokens, index.sum_sq
+            sums = [np.add.reduceat(column[packs], starts - starts[0], dtype=np.int64).tolist() for column in columns]
+            for start, stop, tokens, targets, sum_sq in zip(starts.tolist(), stops.tolist(), *sums, strict=True):
+                consumed += stop - start
+                yield StepFacts(epoch, consumed, stop - start, tokens, targets, positions, sum_sq)
+
     def _rows_to_come(self, consumed: int) -> Iterator[tuple[list[int], int]]:
         """This rank's rows from `consumed` packs on, without end: the ids of their packs, and their step's tokens."""
-        schedule, index = self._schedule, self._dataset.index
-        while True:
-            epoch, start, stop = step_span(consumed, schedule.num_packs, schedule.batch_packs)
-            order = self._epoch_order(epoch)
-            tokens = int(index.tokens[order[start:stop]].sum(dtype=np.int64))
-            for packs in schedule.rank_packs(start, stop, order, self._dp_rank, self._dp_size).tolist():
-                yield packs, tokens
-            consumed += stop - start
+        for _, starts, stops, order in self._spans(consumed):
+            tokens = self._dataset.index.tokens[order[starts[0] : stops[-1]]]
+            of_steps = np.add.reduceat(tokens, starts - starts[0], dtype=np.int64).tolist()
+            packs = self._schedule.rank_packs(starts, stops, order, self._dp_rank, self._dp_size).tolist()
+            for rows, step_tokens in zip(packs, of_steps, strict=True):
+                for row in rows:
+                    yield row, step_tokens
 
     def _prefetch(self, consumed: int) -> None:
         run = None

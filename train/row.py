@@ -156,8 +156,10 @@ class Row:
         self._micro_packs, self._capacity, self._cut, self._copied = micro_packs, capacity, cut, copied
         self.buffers = buffers
         self._host = buffers if cut.size == 1 else buffers | cut.buffers(buffers, pinned=copied is not None)
-        self._row = {name: tensor.numpy() for name, tensor in buffers.items()}
-        self._part = {name: tensor.numpy() for name, tensor in self._host.items()}
+        self._seq_lens = buffers["seq_lens"].numpy()
+        self._arrays = None
+        if cut.size > 1:
+            self._arrays = [{name: t.numpy() for name, t in of.items()} for of in (buffers, self._host)]
         self._host_facts: dict[str, Any] = {}
         self._max_seqlen = 0
         self._on_host: MicroBatch | None = None
@@ -166,9 +168,9 @@ class Row:
     def complete(self, max_seqlen: int, windows: tuple[int, ...]) -> None:
         """What follows from the filled buffers: this rank's part, and the pairs within `windows`."""
         if windows:
-            self.pairs = {window: int(causal_pairs(self._row["seq_lens"], window).sum()) for window in windows}
-        if self._cut.size > 1:
-            self._host_facts = self._cut.fill(self._row, self._part)
+            self.pairs = {window: int(causal_pairs(self._seq_lens, window).sum()) for window in windows}
+        if self._arrays is not None:
+            self._host_facts = self._cut.fill(*self._arrays)
         elif max_seqlen == self._max_seqlen:
             return  # the tensors over the buffers are what they were
         self._max_seqlen = max_seqlen
