@@ -8,6 +8,7 @@ import torch
 from train import hf
 from train.attention.interface import Part, Segments
 from train.model.config import LayerConfig
+from train.packs import Packs
 from train.parallel.cp import check_heads, check_no_window, needed_counts
 
 
@@ -41,6 +42,9 @@ def test_segments_of_a_part_know_the_length_of_their_documents():
     assert contiguous.document_lengths.tolist() == [4, 8, 0]
     zigzag = Segments(torch.tensor([0, 1, 2, 4, 6, 6, 6]), 6, Part(row, 8))
     assert zigzag.document_lengths.tolist() == [4, 4, 8, 8, 0, 0]
+    real = Packs(torch.tensor([3, 7, 0], dtype=torch.int32), 1, 12, torch.tensor([10]))
+    assert replace(contiguous, packs=real).document_lengths.tolist() == [3, 7, 0], "padding of a slot is not counted"
+    assert replace(zigzag, packs=real).document_lengths.tolist() == [3, 3, 7, 7, 0, 0]
 
 
 def test_windows_over_transformer_engines_ring_are_refused(tiny_llama_dir):
