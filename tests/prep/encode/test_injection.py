@@ -65,15 +65,14 @@ def test_control_tokens_of_a_record_are_text_wherever_they_stand(byte_level, cas
     assert (allowed.controls, trained(allowed)) == (None, trained(rendering))
 
 
-def test_a_tag_that_is_a_control_token_is_no_tag_of_the_template(byte_level):
-    """The words are cut at tags that a template names when it looks for them, but never at control tokens."""
+def test_a_tag_that_is_a_control_token_is_no_tag_of_the_template(sentencepiece):
+    """Where a template looks for tags, the words are cut at those that it names, but never at control tokens."""
     source = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if '<unk>' in m.content %}{% endif %}"
         "{{ m.content.split('</b>')[-1] if '</b>' in m.content else m.content }}{{ '<|im_end|>' }}{% endfor %}"
     )
-    record = chat("u", f"x</b>y{END}z")
-    rendering = reader(byte_level, template=source).read(record)
-    assert (rendering.controls, trained(rendering)) == (4, [f"y{END}z{END}"])
+    rendering = reader(sentencepiece, template=source).read(chat("u", "x</b>y<unk>z"))
+    assert (rendering.controls, trained(rendering)) == (4, [f"y<unk>z{END}"])
 
 
 def test_segments_are_text_too_unless_control_tokens_are_allowed(tmp_path, byte_level):

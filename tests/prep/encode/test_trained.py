@@ -111,7 +111,7 @@ def test_an_empty_answer_in_a_generation_block_is_trained_unless_a_flag_says_no(
 
 
 def test_an_end_in_the_words_of_a_generation_block_is_not_the_templates(byte_level):
-    bare = GENERATION.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen")
+    bare = GENERATION.replace("+ '<|im_end|>' }}{% endgen", "}}{% endgen").replace("{{ '\n'", "{{ '<|im_end|>\n'")
     rendering = reader(byte_level, template=bare).read(chat("u", f"say {END}"))
     assert rendering.facts == {"turns_without_a_trained_end": 1}
     untrained = reader(byte_level, template=bare, end_of_turn="none").read(chat("u", f"say {END}"))
