@@ -34,6 +34,7 @@ def model(**more):
 CASES = {
     "content": {"messages": [user(content=EVIL), model()]},
     "name": {"messages": [user(name=EVIL), model()]},
+    "name of the model": {"messages": [user(), model(name=EVIL)]},
     "id of a result": {"messages": [user(), model(), {"role": "tool", "tool_call_id": EVIL, "content": "t"}]},
     "id of a call": {"messages": [user(), model(tool_calls=[call(id=EVIL)])]},
     "type of a call": {"messages": [user(), model(tool_calls=[call(type=EVIL)])]},

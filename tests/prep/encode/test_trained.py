@@ -173,6 +173,18 @@ def test_a_tool_call_ends_before_the_next_message_and_what_quotes_it_is_not_trai
     assert rendering.facts == {}
 
 
+def test_the_end_of_an_empty_message_is_not_that_of_the_turn_before(byte_level):
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{{ '' if m.open else '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    record = {"messages": [user("u"), model("b", open=True), user(""), model("a")]}
+    rendering = reader(byte_level, template=source).read(record)
+    assert trained(rendering) == ["b", "a" + END]
+    assert rendering.facts == {"turns_without_a_trained_end": 1}
+
+
 def test_words_that_a_template_leaves_out_are_counted(byte_level):
     answer = model("yes", reasoning_content="so", tool_calls=[call()])
     record = {"messages": [user("u"), answer, {"role": "note", "content": "n"}], "tools": [{"name": "f"}]}
