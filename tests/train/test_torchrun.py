@@ -28,7 +28,7 @@ real, calls = train.main.train_step, []
 
 def train_step(*args, **options):
     calls.append(args)
-    if len(calls) == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if len(calls) == CALL and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **options)
 
@@ -37,13 +37,16 @@ sys.exit(train.main.main(sys.argv[1:]))
 """
 
 
-def test_under_torchrun_a_killed_worker_resumes_by_itself(flags, straight, tmp_path):
+@pytest.mark.parametrize("begins", ["at 0", pytest.param("at a checkpoint", marks=pytest.mark.slow)])
+def test_under_torchrun_a_killed_worker_resumes_by_itself(begins, flags, straight, tmp_path):
+    first, changes = (0, {}) if begins == "at 0" else (3, {"resume": whole_checkpoints(straight)[0], "save_every": 1})
     script = tmp_path / "killed_once.py"
-    script.write_text(KILLED_ONCE)
-    done = torchrun([*flags(), "--no-async-save"], script=str(script), options=["--max-restarts", "1"])
+    script.write_text(KILLED_ONCE.replace("CALL", str(5 - first)))
+    arguments = [*flags(**changes), "--no-async-save"]
+    done = torchrun(arguments, script=str(script), options=["--max-restarts", "1"])
     assert done.returncode == 0, done.stderr
-    assert f"resumed at step 3 from {tmp_path / 'out'}" in done.stderr
-    assert steps_of(tmp_path / "out") == steps_of(straight)
+    assert f"resumed at step {4 if first else 3} from {tmp_path / 'out'}" in done.stderr
+    assert steps_of(tmp_path / "out") == steps_of(straight)[first:]
 
 
 SIGNALLED = """
