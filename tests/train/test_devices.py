@@ -31,9 +31,10 @@ CLOSE = {"loss": 1e-2, "eval_loss": 1e-2, "grad_norm": 5e-2}  # bfloat16 has 8 b
 pytestmark = pytest.mark.timeout(900)  # on a GPU kernels are generated
 
 
-def run_all(runs):
-    """Each command line in turn, in one process; rows are handed over one by one, so that buffers are filled again."""
-    train.data.RUN_ROWS = 1
+def run_all(runs, buffers_are_reused=True):
+    """Each command line in turn, in one process, with few buffers for rows or with more than there are rows."""
+    if buffers_are_reused:
+        train.data.RUN_ROWS = 1
     return [cli(argv) for argv in runs]
 
 
@@ -62,7 +63,7 @@ def ran(data, models, tmp_path_factory):
             }
             for name, (_, flags) in MIXTURES.items():
                 runs[name] = [*arguments(data, models[name], folder / name, **options), *flags]
-            (said,) = run_ranks(run_all, 1, list(runs.values()), process_group=False, timeout=800)
+            (said,) = run_ranks(run_all, 1, list(runs.values()), dtype != "float32", process_group=False, timeout=800)
             made[device, dtype] = folder, dict(zip(runs, said, strict=True))
         return made[device, dtype]
 
