@@ -69,7 +69,7 @@ def backward(
         k_UKH,
         v_UKH,
         out_TNH,
-        lse_NT,
+        lse_NT.contiguous(),  # may be a view of one that ring attention merged
         cu_seqlens_q,
         cu_seqlens_k,
         max_q,

@@ -189,7 +189,8 @@ class Decoder(nn.Module):
     def _embed(self, input_ids_T: Tensor) -> Tensor:
         x_TD = self.embed_tokens(input_ids_T)
         if self.config.embedding_scale is not None:
-            x_TD = x_TD * x_TD.new_tensor(self.config.embedding_scale)  # rounded to the model's type, as trained
+            # Rounded to the model's type, as trained; no tensor: copying one to a GPU would wait for it.
+            x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=x_TD.dtype, device="cpu").item()
         return x_TD
 
 

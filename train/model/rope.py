@@ -6,6 +6,7 @@ kept in a buffer: a buffer would hold garbage after a build on the meta device.
 Shapes: T tokens, N heads, H head dimension, R rotated dimensions (R ≤ H, even).
 """
 
+import functools
 import math
 
 import torch
@@ -41,9 +42,15 @@ def inverse_frequencies(rope: Rope, device: torch.device | None = None, *, long:
         return frequencies / rope.factor * (1 - kept) + frequencies * kept
     if rope.kind == "longrope":
         factors = rope.long_factors if long else rope.short_factors
-        return 1.0 / (torch.tensor(factors, dtype=torch.float32, device=device) * rope.theta**exponents)
+        return 1.0 / (_on_device(factors, device) * rope.theta**exponents)
     assert rope.kind == "default"
     return frequencies
+
+
+@functools.lru_cache
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    # Copied once: the GPU is waited for.
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _yarn_dimension(rope: Rope, rotations: float) -> float:

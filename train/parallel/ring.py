@@ -75,7 +75,7 @@ def ring_steps(pieces: Pieces, rank: int, device: torch.device) -> list[Step]:
         mine, sent = blocks[rank], blocks[after].k_rows
         send_counts, receive_counts = [0] * size, [0] * size
         send_counts[after], receive_counts[before] = len(sent), len(mine.k_rows)
-        send_rows, q_rows = (torch.from_numpy(rows).to(device) for rows in (sent, mine.q_rows))
+        send_rows, q_rows = _on(device, sent), _on(device, mine.q_rows)
         layout = _segments(mine.cu_seqlens_q, device), _segments(mine.cu_seqlens_k, device)
         steps.append(Step(send_rows, send_counts, receive_counts, q_rows, *layout))
     return steps
@@ -97,13 +97,19 @@ class WindowStep:
 def window_step(pieces: Pieces, rank: int, window: int, device: torch.device) -> WindowStep:
     """What `rank` sends and receives in a layer of this window."""
     needed = halo(pieces, rank, window)
-    send_rows, order = (torch.from_numpy(rows).to(device) for rows in (needed.send_rows, needed.order))
+    send_rows, order = _on(device, needed.send_rows), _on(device, needed.order)
     layout = _segments(needed.cu_seqlens_q, device), _segments(needed.cu_seqlens_k, device)
     return WindowStep(send_rows, needed.send_counts, needed.receive_counts, order, *layout)
 
 
 def _segments(cu_seqlens: np.ndarray, device: torch.device) -> Segments:
-    return Segments(torch.from_numpy(cu_seqlens).to(device), int(np.diff(cu_seqlens).max(initial=0)))
+    return Segments(_on(device, cu_seqlens), int(np.diff(cu_seqlens).max(initial=0)))
+
+
+def _on(device: torch.device, numbers: np.ndarray) -> Tensor:
+    """A copy in flight on a GPU, from pinned memory: one from any other memory waits for all that was launched."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from devices import DEVICES
+from fake_kernels import dense, dense_gradients
 from reference import distance
 
 from train.attention.choose import BACKENDS, choose_backend, varlen_attention
@@ -185,6 +187,36 @@ def test_refusals_say_why_and_what_instead(arguments, message):
 def test_softcap_is_refused_where_the_kernel_has_none():
     with pytest.raises(ValueError, match="no softcap"):
         choose_backend("torch", "cuda", torch.bfloat16, 64, softcap=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_ring_attention_gets_what_it_asks_of_a_kernel(device, causal):
+    """Log-sum-exp out of the forward, one of more keys into the backward, also without the causal mask, and with keys
+    of which this rank has no query."""
+    backend, dtype = ("cpu", torch.float64) if device == "cpu" else ("torch", torch.bfloat16)
+    lengths_q, lengths_k = [1, 13, 0, 200, 2], [1, 20, 7, 200, 9]
+    q = heads(lengths_q, head_dim=64, dtype=dtype)[0].detach()
+    k, v = (x.detach() for x in heads(lengths_k, head_dim=64, dtype=dtype, seed=1)[1:])
+    grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+    def layout(on):
+        segments = Segments.of(lengths_q, on), Segments.of(lengths_k, on)
+        return *(s.cu_seqlens for s in segments), *(s.max_seqlen for s in segments), 0.125, None, None
+
+    wanted = dense(*(x.double() for x in (q, k, v)), *layout("cpu")[:2], 0.125, causal, -1, -1, None)[:2]
+    got = BACKENDS[backend].forward(*(x.to(device) for x in (q, k, v)), *layout(device), causal=causal)
+    bound = 1e-12 if dtype == torch.float64 else 2e-2
+    assert all(distance(a.cpu(), b) <= bound for a, b in zip(got, wanted, strict=True))
+    merged = wanted[0] * 0.5, (wanted[1] + 0.7).t().contiguous().t()  # a view, as an indexed one may be
+    inputs = *(x.double() for x in (q, k, v)), merged[0].to(dtype).double(), merged[1]
+    wanted = dense_gradients(
+        grad_out.double(), *inputs[:4], inputs[4].contiguous(), *layout("cpu")[:2], 0.125, causal, -1, -1, None
+    )
+    lse = merged[1].to(torch.float64 if dtype == torch.float64 else torch.float32)
+    given = (x.to(device) for x in (grad_out, q, k, v, merged[0].to(dtype), lse))
+    got = BACKENDS[backend].backward(*given, *layout(device), causal=causal)
+    assert all(distance(a.cpu(), b) <= bound for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.gpu
