@@ -176,7 +176,7 @@ def pack_digest(row: tuple[np.ndarray, ...]) -> int:
     """xxh3-64 of one pack: the buffers of its columns in the order of the schema (little-endian)."""
     digest = xxhash.xxh3_64()
     for buffer in row:
-        digest.update(buffer.data)
+        digest.update(buffer)
     return digest.intdigest()
 
 

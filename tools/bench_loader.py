@@ -5,8 +5,9 @@
 A row is one pack of `--capacity` tokens; every contender hands out `input_ids`, shifted `labels`, `position_ids` and
 `cu_seqlens`, made from the same packs. The peers store and read the packs; what they do not make themselves, numpy
 makes after them. Peers that do not import are named (`pip install datasets litdata mosaicml-streaming`). Figures are
-medians of rounds that alternate between all contenders; compare ratios, never figures of another day. `cpu` counts the
-processor time of all threads, which another job on the machine hardly disturbs; `wall` is what a training step sees.
+medians of rounds that alternate between all contenders, opening and closing the loader included; compare ratios, never
+figures of another day. `cpu` counts the processor time of all threads, so it says what a whole core could do; `wall` is
+what a training step sees.
 `--verify full` is one reading of all files at start: its rate, and its time as a share of one pass of the loader. What
 the loader could reach at best is measured beside it: numpy's plain copies of the same bytes.
 """
@@ -56,7 +57,7 @@ def chat_packs(count: int, capacity: int) -> list[tuple[np.ndarray, ...]]:
 def complete(ids: np.ndarray, mask: np.ndarray, slots: np.ndarray, capacity: int) -> Row:
     """What a peer's pack still lacks, by numpy: labels, positions, segments."""
     segments = np.concatenate([slots, tail_segments(capacity - len(ids), TAIL_SEGMENT)])
-    return ids, shift_labels(ids, mask, np.empty(len(ids), np.int64)), position_ids(segments), cu_seqlens(segments)
+    return ids, shift_labels(ids, mask), position_ids(segments), cu_seqlens(segments)
 
 
 def ours(folder: Path, verify: bool) -> Callable[[], Iterator[Row]]:
@@ -146,10 +147,10 @@ def latencies(folder: Path) -> dict[str, float]:
 
 
 def copies(dataset: PackedDataset, buffers: int = 32) -> None:
-    """The least that any loader of these packs does, by numpy in one thread: ids moved once, labels and positions of
-    the right width written from what is in the cache already, the mask read."""
+    """The least that numpy does for these packs in one thread: ids moved once, labels and positions written from what
+    is in the cache already, the mask read."""
     capacity = dataset.manifest.capacity
-    rows = [[np.empty(capacity, kind) for kind in (np.int32, np.int64, np.int32)] for _ in range(buffers)]
+    rows = [[np.empty(capacity, np.int32) for _ in range(3)] for _ in range(buffers)]
     for n in range(len(dataset)):
         pack, (ids, labels, positions) = dataset[n], rows[n % buffers]
         ids[:] = pack.input_ids
@@ -161,7 +162,7 @@ def copies(dataset: PackedDataset, buffers: int = 32) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capacity", type=int, default=8192)
-    parser.add_argument("--packs", type=int, default=1000)
+    parser.add_argument("--packs", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -38,8 +38,9 @@ waking the other thread costs as much as filling 100,000 tokens."""
 SPAN = 64
 """Steps whose packs and facts are worked out at once: for one, numpy would take as long as for all of them."""
 
-RUNS = 3
-"""Runs of buffers: one in use, one ready, one being filled."""
+RUNS = 2
+"""Runs of buffers: one in use, one being filled or ready, which it is long before it is needed: training a row takes
+thousands of times longer than filling it."""
 
 
 @dataclass(frozen=True)
