@@ -1,12 +1,13 @@
-"""Many small MLPs at once: matrix products in groups of rows.
+"""Many small MLPs at once: each for the tokens that chose it.
 
-Shapes: R rows sorted by expert, E experts (of this rank), D hidden size, F intermediate size of an expert. The rows of
-expert e are `ends_E[e-1]:ends_E[e]`; rows from `ends_E[-1]` on belong to none: what comes out for them means nothing,
-neither forward nor backward, and touches no weight's gradient.
+Shapes: T tokens, R rows sorted by expert (`train.model.rows`), E experts (of this rank), D hidden size, F intermediate
+size of an expert. The rows of expert e are `ends_E[e-1]:ends_E[e]`; rows from `ends_E[-1]` on belong to none: they are
+not computed and touch no gradient.
 
-There are two ways. One kernel a projection for all groups, where there is one (`has_kernel`); else one expert after the
-other, whole: its intermediate values then never leave the cache, and nothing of the size of all rows is made but what
-comes out and what backward needs. With 64 experts on a CPU that is a quarter faster than projection after projection.
+There are two ways. One kernel a projection for all experts, where there is one (`has_kernel`), over rows that are
+gathered before and combined after. Else one expert after the other, from its tokens to their sums: what lies between
+never leaves the cache, and nothing of the size of all rows is made but the two projections that backward needs. Fresh
+memory costs a CPU as much as the products do.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from train.model.config import MoeConfig
 from train.model.held import held
 from train.model.mlp import activate
+from train.model.rows import Rows
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -71,17 +73,17 @@ class Experts(nn.Module):
         self.down_proj_bias = nn.Parameter(torch.empty(E, D)) if with_bias else None
         self.gating = Gating(activation, config.swiglu_limit, config.swiglu_alpha)
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """[R, D]; `ends_E` is int32."""
+    def forward(self, x_TD: Tensor, weights_TK: Tensor | None, rows: Rows) -> Tensor:
+        """For every token the sum of what its experts make of it, by weight if there are weights: [T, D]."""
         weights = [held(getattr(self, name)) for name in PROJECTIONS]
         biases = [held(getattr(self, f"{name}_bias")) for name in PROJECTIONS]
-        if not has_kernel(x_RD, weights[0]):
-            gating = self.gating
-            return _one_by_one(x_RD, *weights, *biases, ends_E, gating.activation, gating.limit, gating.alpha)[0]
-        gate_RF, up_RF = (
-            _with_kernel(x_RD, weight, bias, ends_E) for weight, bias in zip(weights[:2], biases[:2], strict=True)
-        )
-        return _with_kernel(self.gating(gate_RF, up_RF), weights[2], biases[2], ends_E)
+        if not has_kernel(x_TD, weights[0]):
+            weights_R = None if weights_TK is None else weights_TK.flatten().index_select(0, rows.order)
+            kind = self.gating.activation, self.gating.limit, self.gating.alpha
+            return _one_by_one(x_TD, weights_R, *weights, *biases, rows.token, rows.ends, *kind)[0]
+        x_RD, ends_E = rows.gather(x_TD), rows.ends
+        gate_RF, up_RF = (_with_kernel(x_RD, w, b, ends_E) for w, b in zip(weights[:2], biases[:2], strict=True))
+        return rows.combine(_with_kernel(self.gating(gate_RF, up_RF), weights[2], biases[2], ends_E), weights_TK)
 
 
 def has_kernel(x_RD: Tensor, weight_EFD: Tensor) -> bool:
@@ -105,69 +107,92 @@ def _with_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, ends_E: Tensor)
 
 @torch.library.custom_op("meshpack::experts", mutates_args=())
 def _one_by_one(
-    x_RD: Tensor,
+    x_TD: Tensor,
+    weights_R: Tensor | None,
     gate_EFD: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
     gate_bias_EF: Tensor | None,
     up_bias_EF: Tensor | None,
     down_bias_ED: Tensor | None,
+    token_R: Tensor,
     ends_E: Tensor,
     activation: str,
     limit: float | None,
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(what the experts make of the rows, and for backward gate and up projection [R, F])."""
+    """(the sums [T, D], and for backward gate and up projection [R, F])."""
     gating = Gating(activation, limit, alpha)
-    gate_RF, up_RF = (x_RD.new_empty(len(x_RD), gate_EFD.shape[1]) for _ in range(2))
-    out_RD = torch.empty_like(x_RD)
+    gate_RF, up_RF = (x_TD.new_empty(len(token_R), gate_EFD.shape[1]) for _ in range(2))
+    out_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD))
     for e, rows in enumerate(_groups(ends_E)):
-        x, gate, up = x_RD[rows], gate_RF[rows], up_RF[rows]
+        tokens, gate, up = token_R[rows], gate_RF[rows], up_RF[rows]
+        x = x_TD.index_select(0, tokens)
         _linear(x, gate_EFD, gate_bias_EF, e, out=gate)
         _linear(x, up_EFD, up_bias_EF, e, out=up)
-        _linear(gating(gate, up), down_EDF, down_bias_ED, e, out=out_RD[rows])
-    return out_RD, gate_RF, up_RF
+        out = _linear(gating(gate, up), down_EDF, down_bias_ED, e, out=x)
+        if weights_R is not None:
+            out.mul_(weights_R[rows, None])
+        out_TD.index_add_(0, tokens, out.to(out_TD.dtype))
+    return out_TD.to(x_TD.dtype), gate_RF, up_RF
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, e: int, *, out: Tensor) -> None:
+def _wide(x: Tensor) -> torch.dtype:
+    """What sums over experts are made in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, e: int, *, out: Tensor) -> Tensor:
     if bias is None:
-        torch.mm(x, weight[e].t(), out=out)
-    else:
-        torch.addmm(bias[e], x, weight[e].t(), out=out)
+        return torch.mm(x, weight[e].t(), out=out)
+    return torch.addmm(bias[e], x, weight[e].t(), out=out)
 
 
 @torch.library.custom_op("meshpack::experts_backward", mutates_args=())
 def _one_by_one_backward(
-    grad_RD: Tensor,
-    x_RD: Tensor,
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weights_R: Tensor | None,
     gate_EFD: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
+    down_bias_ED: Tensor | None,
     gate_RF: Tensor,
     up_RF: Tensor,
+    token_R: Tensor,
     ends_E: Tensor,
-    with_bias: bool,
     activation: str,
     limit: float | None,
     alpha: float,
 ) -> list[Tensor]:
-    """Gradients of the rows, of the three weights and, `with_bias`, of the three biases."""
-    gating = Gating(activation, limit, alpha)
-    grad_RD = grad_RD.contiguous()  # may arrive expanded
-    grads = [torch.empty_like(value) for value in (x_RD, gate_EFD, up_EFD, down_EDF)]
+    """Gradients of the tokens, of the three projections, of their biases if there are any, of the rows' weights if
+    there are any."""
+    gating, with_bias = Gating(activation, limit, alpha), down_bias_ED is not None
+    grad_x_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD))
+    grads = [torch.empty_like(weight) for weight in (gate_EFD, up_EFD, down_EDF)]
     grads += [weight.new_empty(weight.shape[:2]) for weight in (gate_EFD, up_EFD, down_EDF) if with_bias]
+    grad_weights_R = None if weights_R is None else torch.zeros_like(weights_R)
     for e, rows in enumerate(_groups(ends_E)):
-        x, grad = x_RD[rows], grad_RD[rows]
-        inner, grad_gate, grad_up = gating.backward(grad @ down_EDF[e], gate_RF[rows], up_RF[rows])
-        grad_x = grads[0][rows]
-        torch.mm(grad_gate, gate_EFD[e], out=grad_x)
-        grad_x.addmm_(grad_up, up_EFD[e])
+        tokens = token_R[rows]
+        x, grad = x_TD.index_select(0, tokens), grad_TD.index_select(0, tokens)
+        grad_inner = unweighted = grad @ down_EDF[e]
+        if weights_R is not None:
+            grad_inner = unweighted * weights_R[rows, None]
+        inner, grad_gate, grad_up = gating.backward(grad_inner, gate_RF[rows], up_RF[rows])
+        if weights_R is not None:
+            # grad · (down · inner) without what the expert gave, which is not kept.
+            torch.sum(unweighted.mul_(inner), 1, out=grad_weights_R[rows])
+            if with_bias:
+                grad_weights_R[rows] += grad @ down_bias_ED[e]
+            grad.mul_(weights_R[rows, None])
         # Of an expert without rows these are 0.
         for name, (of_out, value) in enumerate(((grad_gate, x), (grad_up, x), (grad, inner))):
-            torch.mm(of_out.t(), value, out=grads[1 + name][e])
+            torch.mm(of_out.t(), value, out=grads[name][e])
             if with_bias:
-                torch.sum(of_out, 0, out=grads[4 + name][e])
-    return grads
+                torch.sum(of_out, 0, out=grads[3 + name][e])
+        grad_x = torch.mm(grad_gate, gate_EFD[e], out=x).addmm_(grad_up, up_EFD[e])
+        grad_x_TD.index_add_(0, tokens, grad_x.to(grad_x_TD.dtype))
+    return [grad_x_TD.to(x_TD.dtype), *grads, *([] if grad_weights_R is None else [grad_weights_R])]
 
 
 def _groups(ends_E: Tensor) -> list[slice]:
@@ -176,30 +201,34 @@ def _groups(ends_E: Tensor) -> list[slice]:
 
 
 @_one_by_one.register_fake
-def _(x_RD, gate_EFD, up_EFD, down_EDF, *rest):
-    inner = x_RD.new_empty(len(x_RD), gate_EFD.shape[1])
-    return torch.empty_like(x_RD), inner, torch.empty_like(inner)
+def _(x_TD, weights_R, gate_EFD, up_EFD, down_EDF, gate_bias, up_bias, down_bias, token_R, *rest):
+    inner = x_TD.new_empty(len(token_R), gate_EFD.shape[1])
+    return torch.empty_like(x_TD), inner, torch.empty_like(inner)
 
 
 @_one_by_one_backward.register_fake
-def _(grad_RD, x_RD, gate_EFD, up_EFD, down_EDF, gate_RF, up_RF, ends_E, with_bias, activation, limit, alpha):
-    grads = [torch.empty_like(value) for value in (x_RD, gate_EFD, up_EFD, down_EDF)]
-    return grads + [weight.new_empty(weight.shape[:2]) for weight in (gate_EFD, up_EFD, down_EDF) if with_bias]
+def _(grad_TD, x_TD, weights_R, gate_EFD, up_EFD, down_EDF, down_bias_ED, *rest):
+    weights = (gate_EFD, up_EFD, down_EDF)
+    grads = [torch.empty_like(value) for value in (x_TD, *weights)]
+    grads += [weight.new_empty(weight.shape[:2]) for weight in weights if down_bias_ED is not None]
+    return grads if weights_R is None else [*grads, torch.empty_like(weights_R)]
 
 
 def _save(ctx, inputs, output):
-    x, gate_w, up_w, down_w, bias, _, _, ends, *ctx.gating = inputs
-    ctx.with_bias = bias is not None
+    x, weights_R, gate_w, up_w, down_w, _, _, down_bias, token, ends, *ctx.gating = inputs
     ctx.set_materialize_grads(False)  # none for gate and up, which nobody uses
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, gate_w, up_w, down_w, *output[1:], ends)
+    ctx.save_for_backward(x, weights_R, gate_w, up_w, down_w, down_bias, *output[1:], token, ends)
 
 
-def _backward(ctx, grad_RD, *_):
-    if grad_RD is None:  # gradients are traced for each output alone
-        return (None,) * 11
-    grads = _one_by_one_backward(grad_RD, *ctx.saved_tensors, ctx.with_bias, *ctx.gating)
-    return *grads, *([None] * (7 - len(grads))), None, None, None, None
+def _backward(ctx, grad_TD, *_):
+    if grad_TD is None:  # gradients are traced for each output alone
+        return (None,) * 13
+    saved = ctx.saved_tensors
+    weighted, with_bias = saved[1] is not None, saved[5] is not None
+    grad_x, *grads = _one_by_one_backward(grad_TD, *saved, *ctx.gating)
+    grad_weights = grads.pop() if weighted else None
+    return grad_x, grad_weights, *grads, *([] if with_bias else [None] * 3), None, None, None, None, None
 
 
 _one_by_one.register_autograd(_backward, setup_context=_save)

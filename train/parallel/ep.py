@@ -23,6 +23,7 @@ from train.config import Config
 from train.mesh import Mesh
 from train.model.experts import Experts
 from train.model.moe import MixtureOfExperts, Shared
+from train.model.rows import Rows
 
 
 def apply_ep(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
@@ -71,8 +72,9 @@ class ExpertExchange:
         self.group, self.size = group, group.size()
 
     def __call__(
-        self, experts: Experts, x_RD: Tensor, counts_E: Tensor, shared: Shared
+        self, experts: Experts, x_TD: Tensor, weights_TK: Tensor, rows: Rows, shared: Shared
     ) -> tuple[Tensor, Tensor | None]:
+        x_RD, counts_E = rows.gather(x_TD), rows.counts
         # From every rank, rank after rank, how many rows it sends to each of this rank's experts.
         arriving_E = torch.empty_like(counts_E)
         dist.all_to_all_single(arriving_E, counts_E, group=self.group)
@@ -80,27 +82,24 @@ class ExpertExchange:
         send, receive = by_rank.tolist()
 
         travel = Travel(send, receive, self.group)
-        rows = _Depart.apply(x_RD, travel, sum(receive))
+        arrived = _Depart.apply(x_RD, travel, sum(receive))
         shared_TD = shared()  # while the rows are on their way
-        rows = _Arrive.apply(rows, travel)
-
-        by_expert, by_source, ends = _expert_major(arriving_E, self.size, len(rows))
-        rows = _Reorder.apply(rows, by_expert, by_source)
-        rows = _Reorder.apply(experts(rows, ends), by_source, by_expert)
+        arrived = _Arrive.apply(arrived, travel)
+        computed = experts(arrived, None, _expert_major(arriving_E, self.size, len(arrived)))
 
         travel = Travel(receive, send, self.group)
         # As many rows as came in: those of padding were not sent, and mean nothing.
-        rows = _Depart.apply(rows, travel, len(x_RD))
-        return _Arrive.apply(rows, travel), shared_TD
+        back = _Depart.apply(computed, travel, len(x_RD))
+        return rows.combine(_Arrive.apply(back, travel), weights_TK), shared_TD
 
 
-def _expert_major(arriving_E: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows arrive by source and, of one source, by expert. Returns int64[rows] the order by expert, its inverse, and
-    int32 where the rows of each expert end. `arriving_E`: of each source and expert, how many."""
+def _expert_major(arriving_E: Tensor, size: int, rows: int) -> Rows:
+    """Rows arrive by source and, of one source, by expert: each is a token with one expert here. `arriving_E`: of each
+    source and expert, how many."""
     run = torch.repeat_interleave(arriving_E, output_size=rows)  # of which (source, expert) each row is
-    by_expert = (run % (len(arriving_E) // size)).argsort(stable=True)
-    by_source = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(rows, device=run.device))
-    return by_expert, by_source, arriving_E.unflatten(0, (size, -1)).sum(0).cumsum(0).int()
+    order = (run % (len(arriving_E) // size)).argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=run.device))
+    return Rows(order, place[:, None], arriving_E.unflatten(0, (size, -1)).sum(0), padding=None)
 
 
 class Travel:
@@ -153,16 +152,3 @@ class _Arrive(torch.autograd.Function):
         travel = ctx.travel
         travel.back = _exchange(grad, travel.receive, travel.send, travel.departures, travel.group)
         return grad, None  # for its shape: the gradient itself is on its way
-
-
-class _Reorder(torch.autograd.Function):
-    """Rows in another order; `inverse` leads back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, *ctx.saved_tensors), None, None

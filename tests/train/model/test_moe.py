@@ -18,6 +18,7 @@ from train.model.decoder import Decoder
 from train.model.experts import Experts
 from train.model.moe import MixtureOfExperts, compute_here
 from train.model.router import Router
+from train.model.rows import Rows
 from train.packs import Packs, TokenPacks
 
 SIZES = {"vocab_size": 320, "num_hidden_layers": 1}
@@ -154,9 +155,9 @@ def test_padding_moves_nothing(family, mixtral_dir, deepseek_dir):
     documents = random_documents([13, 30, 7], 320)
     mixture, results, dispatched = model.layers[0].mlp, [], []
 
-    def exchange(experts, x_RD, counts_E, shared):
-        dispatched.append(counts_E.sum().item())
-        return compute_here(experts, x_RD, counts_E, shared)
+    def exchange(experts, x_TD, weights_TK, rows, shared):
+        dispatched.append(rows.counts.sum().item())
+        return compute_here(experts, x_TD, weights_TK, rows, shared)
 
     mixture.exchange = exchange
     for align, tail, pad_id in ((1, 0, 0), (4, 0, 0), (16, 40, 0), (16, 40, 7)):
@@ -220,15 +221,13 @@ def test_the_bias_moves_against_the_load(deepseek_dir):
     assert min(spread[-10:]) < 0.75 * spread[0] + 0.25
 
 
-class Poisoned(nn.Module):
-    """Experts that leave garbage in the rows of nobody, forward and backward, as a kernel for groups does."""
-
-    def __init__(self, experts):
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, x_RD, ends_E):
-        return _Poison.apply(self.experts(_Poison.apply(x_RD, ends_E), ends_E), ends_E)
+def poisoned_kernel(x, weight, bias, ends):
+    """What a kernel for all groups may do: garbage in the rows of nobody, forward and backward."""
+    rows = _Poison.apply(x, ends)[: ends[-1]]
+    expert = torch.searchsorted(ends, torch.arange(len(rows), dtype=ends.dtype), right=True)
+    out = torch.einsum("rd,rfd->rf", rows, weight[expert])
+    out = out if bias is None else out + bias[expert]
+    return _Poison.apply(nn.functional.pad(out, (0, 0, 0, len(x) - len(rows))), ends)
 
 
 class _Poison(torch.autograd.Function):
@@ -247,14 +246,15 @@ class _Poison(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_rows_of_no_expert_mean_nothing(family, tmp_path):
+def test_rows_of_no_expert_mean_nothing(family, tmp_path, monkeypatch):
     model = load(write_tiny_model(tmp_path / family, family, **SIZES))
     mixture = model.layers[0].mlp
     x = torch.randn(33, 48, dtype=torch.float64)
     real = torch.arange(33) % 5 != 0
     results = []
-    for experts in (mixture.experts, Poisoned(mixture.experts)):
-        mixture.experts = experts
+    monkeypatch.setattr(experts_module, "_with_kernel", poisoned_kernel)
+    for kernel in (False, True):
+        monkeypatch.setattr(experts_module, "has_kernel", lambda x, weight, kernel=kernel: kernel)
         mixture.zero_grad()
         inputs = x.clone().requires_grad_()
         out = mixture(inputs, one_pack(real))
@@ -283,48 +283,53 @@ def some_experts(kind, dtype):
 KINDS = ("silu", "gelu_tanh", "clamped")
 
 
+def some_rows(third=(4, 4)):
+    """Of 12 tokens with 2 choices among 4 experts; the third is padding, the second expert is chosen by none."""
+    return Rows.sort(torch.tensor([(0, 2), (3, 2), third, (2, 0)] + [(3, 0), (2, 3)] * 4), 4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_kernel_for_all_groups_gives_what_one_expert_after_the_other_gives(kind, dtype, monkeypatch):
-    experts = some_experts(kind, dtype)
+def test_one_kernel_for_all_groups_gives_what_one_expert_after_the_other_gives(kind, dtype, weighted, monkeypatch):
+    experts, rows = some_experts(kind, dtype), some_rows()
     torch.manual_seed(1)
-    x = torch.randn(20, 16, dtype=dtype, requires_grad=True)
-    ends = torch.tensor([5, 5, 12, 18], dtype=torch.int32)
-    direction = torch.randn(18, 16, dtype=dtype)
+    x = torch.randn(12, 16, dtype=dtype, requires_grad=True)
+    weights = torch.rand(12, 2, dtype=dtype).masked_fill(rows.padding, 0.0).requires_grad_() if weighted else None
+    direction = torch.randn(12, 16, dtype=dtype)
     results = []
     for kernel in (False, True):
         monkeypatch.setattr(experts_module, "has_kernel", lambda x, weight, kernel=kernel: kernel)
-        x.grad = None
-        experts.zero_grad()
-        out = experts(x, ends)[:18]
-        (out * direction).sum().backward()
-        results.append((out, x.grad[:18], *(p.grad for p in experts.parameters())))
+        leaves = [x, *experts.parameters(), *([weights] if weighted else [])]
+        out = experts(x, weights, rows)
+        results.append((out, *torch.autograd.grad((out * direction).sum(), leaves)))
     tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-6
     for a, b in zip(*results, strict=True):
         assert distance(a, b) < tolerance
         assert distance(b, a) < tolerance
-    assert all(not gradient[1].any() for gradient in results[0][2:]), "an expert without rows has gradient 0"
+    out, of_x, *of_experts = results[0]
+    assert not out[2].any(), "padding"
+    assert not of_x[2].any(), "padding"
+    projections = of_experts[: len(list(experts.parameters()))]
+    assert all(not gradient[1].any() for gradient in projections), "an expert without rows has gradient 0"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_operator_of_experts_is_a_good_one(kind):
-    experts = some_experts(kind, torch.float64)
+@pytest.mark.parametrize(("kind", "weighted"), [("silu", True), ("gelu_tanh", False), ("clamped", True)])
+def test_the_operator_of_experts_is_a_good_one(kind, weighted):
+    experts, rows = some_experts(kind, torch.float64), some_rows(third=(0, 3))
     weights = [getattr(experts, name) for name in experts_module.PROJECTIONS]
     biases = [getattr(experts, f"{name}_bias") for name in experts_module.PROJECTIONS]
     gating = experts.gating
-    x = torch.randn(6, 16, dtype=torch.float64, requires_grad=True)
-    ends = torch.tensor([2, 2, 4, 6], dtype=torch.int32)
-    rest = (ends, gating.activation, gating.limit, gating.alpha)
+    x = torch.randn(12, 16, dtype=torch.float64, requires_grad=True)
+    weights_R = torch.rand(24, dtype=torch.float64, requires_grad=True) if weighted else None
+    rest = (rows.token, rows.ends, gating.activation, gating.limit, gating.alpha)
     if kind == "clamped":
         gate, up = (x @ weight[0].T for weight in weights[:2])
         assert (gate > gating.limit).any()
         assert (up.abs() > gating.limit).any()
-    torch.library.opcheck(experts_module.EXPERTS, (x, *weights, *biases, *rest))
-
-    def out(x, *parameters):
-        return experts_module.EXPERTS(x, *parameters, *([None] * (6 - len(parameters))), *rest)[0]
-
-    assert torch.autograd.gradcheck(out, (x, *weights, *(bias for bias in biases if bias is not None)))
+    inputs = (x, weights_R, *weights, *biases)
+    torch.library.opcheck(experts_module.EXPERTS, (*inputs, *rest))
+    assert torch.autograd.gradcheck(lambda *tensors: experts_module.EXPERTS(*tensors, *rest)[0], inputs, fast_mode=True)
 
 
 def test_every_token_visits_the_experts_of_a_plain_loop(deepseek_dir):
