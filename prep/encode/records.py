@@ -242,7 +242,11 @@ class RecordReader:
 
     @staticmethod
     def _beside(record: Mapping, name: str, length: int) -> np.ndarray:
-        values = np.asarray(_parsed(record[name], name))
+        given = _parsed(record[name], name)
+        try:
+            values = np.asarray(given)
+        except ValueError:  # lists of several lengths in it
+            values = np.empty((0, 0))
         if values.shape != (length,) or (not np.issubdtype(values.dtype, np.number) and values.dtype != bool):
             raise ValueError(f"{name} must be a list of {length} numbers, as long as input_ids")
         return values

@@ -319,6 +319,7 @@ def test_control_tokens_are_counted_as_the_template_writes_them(byte_level):
         ({"input_ids": [1, 10**6]}, "outside the tokenizer's vocabulary"),
         ({"input_ids": ["a"]}, "whole numbers"),
         ({"input_ids": [1, 2], "labels": [1]}, "as long as input_ids"),
+        ({"input_ids": [1, 2], "labels": [[1], 2]}, "as long as input_ids"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "unshifted"),
     ],
 )

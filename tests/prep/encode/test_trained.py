@@ -26,6 +26,12 @@ def test_flags_of_turns_and_parts_that_are_not_trained(byte_level, flag):
     assert trained(read(record)) == ["two" + END]
 
 
+@pytest.mark.parametrize("flag", [{"train": True}, {"train": 1}, {"train": 1, "weight": 1}])
+def test_flags_of_turns_and_parts_that_are_trained(byte_level, flag):
+    record = {"messages": [user("u", **flag), user([part("v "), part("w", **flag)]), model("a", weight=1)]}
+    assert trained(reader(byte_level).read(record)) == ["u" + END, "w", "a" + END]
+
+
 @pytest.mark.parametrize("flag", [{"train": "false"}, {"train": 2}, {"train": []}, {"weight": "0"}, {"weight": 0.5}])
 def test_flags_that_are_none_are_refused(byte_level, flag):
     name = next(iter(flag))
