@@ -109,6 +109,10 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(
                 f"{folder}: holds the packed folders {' and '.join(inner)}; name one, e.g. {folder / inner[0]}"
             )
+        if (folder / "store.json").is_file():
+            raise ValueError(
+                f"{folder}: a document store and no packed shards; make some: prep pack {folder} --out DIR --seq-len N"
+            )
         raise ValueError(
             f"{folder}: no {MANIFEST_NAME}, so these shards are unfinished; finish them with prep pack --resume"
         )

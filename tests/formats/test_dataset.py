@@ -140,6 +140,12 @@ def _damage(dataset, part, parts):
     return False
 
 
+def test_a_document_store_is_told_from_shards(tmp_path):
+    (tmp_path / "store.json").write_text("{}")
+    with pytest.raises(ValueError, match="a document store and no packed shards; make some: prep pack"):
+        PackedDataset(tmp_path)
+
+
 def test_a_missing_manifest_means_unfinished(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"unfinished.*prep pack --resume"):
