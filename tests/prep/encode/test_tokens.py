@@ -109,6 +109,16 @@ def test_the_sample_stays_within_its_share():
     assert left >= 0
 
 
+def test_the_sample_is_spread_over_the_texts():
+    """Whatever the order of the input, kinds of text that come late or seldom have their share."""
+    texts = [f"{k:04d}" * 500 for k in range(1000)]
+    sample, _ = select_sample(texts, budget=20 * 2000)
+    numbers = sorted(int(piece[:4]) for piece in sample)
+    assert len(numbers) == len(set(numbers)) == 20
+    assert max(b - a for a, b in pairwise([0, *numbers, 1000])) < 150
+    assert select_sample(texts, budget=20 * 2000)[0] == sample
+
+
 def test_what_a_vocabulary_cannot_express_is_never_dropped_silently(byte_level, tmp_path):
     content = json.loads((byte_level / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]

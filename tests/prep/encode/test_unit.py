@@ -94,6 +94,24 @@ def test_a_unit_in_which_the_fast_engine_differs_is_done_again_with_hf(tmp_path,
     assert store.ledger.total()["notes"]["engine_differed_units"] >= 1
 
 
+def test_small_units_are_compared_too(tmp_path, byte_level, monkeypatch):
+    """A hundred thousand files of a few lines must not be a hundred thousand units that nobody looked at."""
+    pytest.importorskip("fastokens")
+    paths = [write_jsonl(tmp_path / f"{k}.jsonl", texts(2, seed=k)) for k in range(6)]
+    store = run(paths, tmp_path / "s", byte_level, engine="fast")
+    assert all(a["notes"]["compared_with_hf"] >= 1 for a in store.ledger.to_json()["sources"].values())
+    real = TokenEncoder._encode_fast
+
+    def wrong(self, given):
+        ids, offsets = real(self, given)
+        return ids + (ids == ids[0]).astype(np.int32), offsets
+
+    monkeypatch.setattr(TokenEncoder, "_encode_fast", wrong)
+    mended = run(paths, tmp_path / "t", byte_level, engine="fast")
+    assert documents(mended) == documents(store)
+    assert mended.ledger.total()["notes"]["engine_differed_units"] == 6
+
+
 def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tmp_path, byte_level, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", chats(300))
     expected = run(path, tmp_path / "right", byte_level)
