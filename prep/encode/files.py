@@ -133,6 +133,10 @@ def _is_hidden(name: str, marks: tuple[str, ...]) -> bool:
     return any(part.startswith((".", "_")) and not part.startswith(marks) for part in name.split("/"))
 
 
+def is_folder(path: str) -> bool:
+    return _kind(path)[0] == "directory"
+
+
 def is_file(path: str) -> bool:
     """Whether a file of this name is there."""
     return _kind(path)[0] == "file"

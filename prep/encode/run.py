@@ -16,7 +16,7 @@ from prep.encode.files import absolute, file_stamp, is_remote
 from prep.encode.mix import check_shares, select
 from prep.encode.options import EncodeOptions
 from prep.encode.preload import begin_fast
-from prep.encode.sources import InputFile, SourceSpec, Unit, as_sources, cut_units, find_inputs
+from prep.encode.sources import InputFile, SourceSpec, Unit, as_sources, check_place, cut_units, find_inputs
 from prep.encode.storage import PLAN_NAME, FolderStorage, RemoteStorage, storage_at
 from prep.encode.store import (
     STORE_NAME,
@@ -94,6 +94,7 @@ def write_store(
     check_tokenizer_folder(options.tokenizer)
     sources = as_sources(inputs)
     check_shares(sources)
+    check_place(str(place), sources)
     files, left_out = find_inputs(sources)
     stamps = [file_stamp(file.path) for file in files]
     units = cut_units(files, sources, options.unit_bytes)

@@ -141,6 +141,20 @@ def as_sources(inputs: Sequence["str | os.PathLike | SourceSpec"], **defaults) -
     return specs
 
 
+def check_place(place: str, specs: Sequence[SourceSpec]) -> None:
+    """Refuse a place of output inside a folder of input: the run that resumes this one would read what it wrote.
+
+    Raises:
+        ValueError: it is inside one; the message names both.
+    """
+    place = files.absolute(place.removeprefix("file://"))
+    for spec in specs:
+        for path in spec.paths:
+            folder = files.absolute(path.removeprefix("file://").partition("#")[0]).rstrip("/")
+            if f"{place.rstrip('/')}/".startswith(f"{folder}/") and files.is_folder(folder):
+                raise ValueError(f"--out {place} lies inside the input {path}, which would then hold it; name another")
+
+
 def find_inputs(specs: Sequence[SourceSpec]) -> tuple[list[InputFile], dict[str, list[str]]]:
     """The files of all sources, in order, each with its size and hash; and the names of files that folders and globs
     hold beside them, of no known format: {source: names}.

@@ -58,10 +58,11 @@ class FolderStorage:
             file.write(json_bytes(value))
 
     def is_occupied(self) -> bool:
-        """Whether anything but a half-written file is there."""
+        """Whether anything but a half-written plan is there."""
         if self._path.is_file():
             return True
-        return self._path.exists() and any(not entry.name.endswith(".tmp") for entry in self._path.iterdir())
+        half = PLAN_NAME + TEMPORARY_SUFFIX
+        return self._path.exists() and any(entry.name != half for entry in self._path.iterdir())
 
     def create(self, plan: dict) -> None:
         """Make the store, with its plan. FileNotFoundError when another process does so at the same moment."""
@@ -180,7 +181,8 @@ class RemoteStorage:
                 found = self._fs.find(self._inner)
             except FileNotFoundError:
                 return []
-        return [name[len(self._inner) + 1 :] for name in found]
+        # An empty object named like a folder is how some tools make one.
+        return [name[len(self._inner) + 1 :] for name in found if not name.endswith("/")]
 
     def is_occupied(self) -> bool:
         return bool(self.names())

@@ -184,6 +184,9 @@ def test_a_damaged_object_is_made_again_on_resume(bucket, lines, tmp_path, byte_
 
 def test_what_is_not_ours_is_refused(bucket, lines, byte_level, s3):
     address, objects = bucket
+    s3.put_object(Bucket=address[5:], Key="made/", Body=b"")  # a folder as consoles make it is empty
+    write_store([lines], f"{address}/made", EncodeOptions(str(byte_level)))
+    s3.delete_objects(Bucket=address[5:], Delete={"Objects": [{"Key": f"made/{name}"} for name in objects("made/")]})
     s3.put_object(Bucket=address[5:], Key="s/precious.txt", Body=b"x")
     with pytest.raises(ValueError, match="already holds something"):
         write_store([lines], f"{address}/s", options(byte_level))
