@@ -3,6 +3,8 @@
 import csv
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from encoding_runs import documents, run, write_jsonl
 
@@ -57,6 +59,22 @@ def test_roles_of_sharegpt_are_known_in_any_case(tmp_path, byte_level):
         others = [{"role": turn["from"], "content": turn["value"]} for turn in turns]
         path = write_jsonl(tmp_path / f"{k}.jsonl", [{"conversations": turns}, {"conversations": others}])
         assert documents(run(path, tmp_path / f"s{k}", byte_level)) == expected * 2
+
+
+def test_a_column_that_only_some_messages_fill_is_not_there_for_the_others(tmp_path, byte_level):
+    """Parquet gives every message every key; a template that asks whether there is a name must not find None."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if 'name' in m %} ({{ m.name }}){% endif %}\n"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    records = [{"messages": CHAT}, {"messages": [{**CHAT[0], "name": "Ann"}, CHAT[1]]}]
+    template = str(tmp_path / "t.jinja")
+    lines = write_jsonl(tmp_path / "a.jsonl", records)
+    whole = [{"messages": [{"name": None, **m} for m in record["messages"]]} for record in records]
+    pq.write_table(pa.Table.from_pylist(whole), tmp_path / "a.parquet")
+    expected = documents(run(lines, tmp_path / "s", byte_level, chat_template=template))
+    assert documents(run(tmp_path / "a.parquet", tmp_path / "t", byte_level, chat_template=template)) == expected
+    assert len({len(ids) for ids, _ in expected}) == 2
 
 
 @pytest.mark.parametrize("role", [["x"], {"a": 1}, 3, None])
