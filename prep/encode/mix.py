@@ -74,7 +74,8 @@ def check_shares(specs: Sequence[SourceSpec]) -> None:
             raise ValueError(f"source {spec.name}: with weights every source has a weight and none a repeat")
         for name in ("weight", "repeat", "max_epochs", "limit_tokens"):
             value = getattr(spec, name)
-            if value is not None and not (type(value) in (int, float) and 0 < value < float("inf")):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value < float("inf")):
                 raise ValueError(f"source {spec.name}: {name} is {value!r}; it must be a number above 0")
 
 

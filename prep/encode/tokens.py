@@ -57,13 +57,13 @@ class TokenEncoder:
         self._folder = folder
         self._hf = folder.tokenizer
         self._fast = folder.fast_tokenizer if engine == "fast" else None
-        self._budget = float(_SAMPLE_LEAST)
+        self._budget = 0.0
         self.compared = 0
         """Pieces of text that were compared with Hugging Face since `reset`."""
 
     def reset(self) -> None:
         """Begin a work unit: what is compared depends on the unit alone, and in the smallest something is."""
-        self._budget = 0.0
+        self._budget = float(_SAMPLE_LEAST)
         self.compared = 0
 
     def encode(self, texts: Sequence[str], fast: bool = True) -> tuple[Encoded, dict[int, str]]:
