@@ -91,3 +91,11 @@ def test_the_end_of_a_completion_is_trained_unless_it_is_not_wanted(tmp_path, by
         store = run(path, tmp_path / end, byte_level, mask=MaskPolicy(end_of_turn=end))
         ids, mask = store.document(0)
         assert (ids[-1], mask[-1]) == (store.info.eos_id, trained)
+
+
+def test_a_dataset_that_cannot_be_read_is_named_with_its_row(tmp_path, byte_level):
+    (tmp_path / "d").mkdir()
+    lines = [json.dumps({"text": f"number {k}"}) for k in range(5)]
+    (tmp_path / "d" / "train.jsonl").write_text("\n".join([*lines, '{"text": 5']) + "\n")
+    with pytest.raises(ValueError, match=r"hf:.*/d#train, row \d+: datasets cannot read it"):
+        run(f"hf:{tmp_path}/d#train", tmp_path / "s", byte_level)
