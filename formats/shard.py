@@ -85,9 +85,14 @@ class _HashingFile:
         # An unbuffered file may take less than it is given: over 2 GiB, or when the disk fills up.
         while rest.nbytes:
             rest = rest[self._file.write(rest) :]
-        if self._written - self._begun >= _WRITE_BEHIND and _sync_file_range is not None:
+        if self._written - self._begun >= _WRITE_BEHIND:
+            self.begin_sync()
+
+    def begin_sync(self) -> None:
+        """Ask the disk to begin with all that was passed on; waits for nothing."""
+        if _sync_file_range is not None:
             _sync_file_range(self._file.fileno(), self._begun, self._written - self._begun, _SYNC_FILE_RANGE_WRITE)
-            self._begun = self._written
+        self._begun = self._written
 
     def hexdigest(self) -> str:
         """xxh3-128 of all that was written so far, in hex."""
@@ -113,11 +118,15 @@ class _HashingFile:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[_HashingFile]:
+def atomic_write(path: Path, sync: bool = True) -> Iterator[_HashingFile]:
     """Write a file that exists under its name only when it is whole.
 
     The bytes go to `path` + ".tmp", are synced, and take the name by a rename that is synced too. An exception
     removes the temporary file; a kill leaves it, and the next writer of the same path overwrites it.
+
+    Args:
+        sync: False leaves the syncs to the caller (`sync_file`, `sync_folder`), who need not wait for each. Until then
+            a kill does no harm; a machine that goes down may leave a name without its bytes.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -126,12 +135,25 @@ def atomic_write(path: Path) -> Iterator[_HashingFile]:
             file = _HashingFile(raw)
             yield file
             file.flush()
-            os.fsync(raw.fileno())
+            if sync:
+                os.fsync(raw.fileno())
+            else:
+                file.begin_sync()
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:
@@ -156,9 +178,9 @@ def read_json(path: Path) -> object:
         raise ValueError(f"{path}: not readable as JSON ({error}); restore it from a copy or make it again") from None
 
 
-def write_json(path: Path, value: object) -> FileEntry:
-    """Write deterministic JSON (see `json_bytes`) atomically."""
-    with atomic_write(path) as file:
+def write_json(path: Path, value: object, sync: bool = True) -> FileEntry:
+    """Write deterministic JSON (see `json_bytes`) atomically; `sync` as in `atomic_write`."""
+    with atomic_write(path, sync) as file:
         file.write(json_bytes(value))
     return FileEntry(Path(path).name, file.bytes, file.hexdigest())
 

@@ -1,6 +1,7 @@
 """Chats → renderings: through Jinja with marks, or directly where the template is known to be a plain one."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -67,7 +68,25 @@ class ChatRenderer:
             ValueError: the template refuses the chat, or its words cannot be located in the rendering.
         """
         rendering = self.render_directly(messages, guard) if tools is None else None
+        if rendering is None and tools is None and self._direct is not None and self._learn(messages):
+            rendering = self.render_directly(messages, guard)
         return rendering or self.render_marked(messages, tools, guard)
+
+    def _learn(self, messages: Sequence[dict]) -> bool:
+        """Learn the frame of an order of roles that is new, and prove it on this chat."""
+        header = self.turns.header if self._policy.roles == ("assistant",) else None
+        return self._direct.learn(messages, header, self._rendering)
+
+    def _rendering(self, chat: MarkedChat, messages: Sequence[dict]) -> Rendering:
+        """A located chat with the spans to train on and the number of control tokens that the template wrote."""
+        spans, facts = trained_spans(chat, messages, self._template, self.turns, self._policy)
+        literals = complement([(start, end) for _, start, end in chat.words], len(chat.text))
+        controls = None
+        if self._control is not None:
+            # A template writes few different texts, however long the chat.
+            counts = Counter([chat.text[start:end] for start, end in literals])
+            controls = sum(count * len(self._control.findall(text)) for text, count in counts.items())
+        return Rendering(chat.text, spans, controls, literals, facts=facts)
 
     def render_directly(self, messages: Sequence, guard: bool = True) -> Framed | None:
         """The same without Jinja, for messages that nobody has looked at yet; None where only Jinja can tell."""
@@ -78,7 +97,6 @@ class ChatRenderer:
 
     def render_marked(self, messages: Sequence[dict], tools: Sequence | None, guard: bool = True) -> Rendering:
         """The same through Jinja, always."""
-        turns = self.turns
         # As in transformers: a key without a value is no key (templates would write the word None).
         given, messages = messages, [{k: v for k, v in message.items() if v is not None} for message in messages]
         for number, message in enumerate(messages, 1):
@@ -94,17 +112,11 @@ class ChatRenderer:
                 raise
             messages = list(given)
             chat = self._locate(messages, tools)
-        spans, facts = trained_spans(chat, messages, self._template, turns, self._policy)
-        literals = complement([(start, end) for _, start, end in chat.words], len(chat.text))
-        controls = None
-        if guard and self._control is not None:
-            controls = sum(1 for s, e in literals for _ in self._control.finditer(chat.text, s, e))
+        rendering = self._rendering(chat, messages)
         if tools and not self._template.reads_tools:
-            facts = {**facts, "tools_left_out": 1}
-        rendering = Rendering(chat.text, spans, controls, literals, facts=facts)
-        if self._direct is not None and tools is None and guard:
-            header = turns.header if self._policy.roles == ("assistant",) else None
-            self._direct.learn(messages, rendering, chat, header)
+            rendering.facts = {**rendering.facts, "tools_left_out": 1}
+        if not guard:
+            rendering.controls = None
         return rendering
 
     def _locate(self, messages: Sequence[dict], tools: Sequence | None) -> MarkedChat:

@@ -1,25 +1,25 @@
 """Plain chats without Jinja: the text a template writes between the words, learnt once for each order of roles.
 
 Most templates only frame the words. For such a template the rendering of a chat is fixed text between the contents,
-and that fixed text depends on the order of the roles alone. It is learnt from the first chat of every order, which
-Jinja renders with marks. `only_frames` reads the template's syntax tree to see that nothing else can matter: what it
-compares, searches or cuts decides which contents must go through Jinja, and any construct that is not understood
-decides that all must. Work units check a sample of their chats against Jinja on top.
+and that fixed text depends on the order of the roles alone. It is learnt for every new order from one rendering with
+one-letter contents, and proven by Jinja on the chat at hand. `only_frames` reads the template's syntax tree to see that
+nothing else can matter: what it compares, searches or cuts decides which contents must go through Jinja, and any
+construct that is not understood decides that all must. Work units check a sample of their chats against Jinja on top.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
+from typing import ClassVar
 
 import numpy as np
 from jinja2 import nodes
 
 from prep.encode.masks import Rendering
-from prep.encode.templates import ChatTemplate, MarkedChat
+from prep.encode.templates import FRAME_WORD, ChatTemplate, MarkedChat
 
 _MAX_ORDERS = 4096
-_PLAIN_KEYS = {"role", "content"}
 
 # Filters and methods that look at nothing of a content but its edges, and those meant for lists and objects.
 _EDGE_FILTERS = {"trim", "string", "safe"}
@@ -77,9 +77,9 @@ class Framed:
     sizes: list[int]
     """UTF-8 bytes of each content."""
     controls: int | None
-    literals: None = None
-    around: bool = False
-    eos_is_target: bool = True
+    literals: ClassVar[None] = None
+    around: ClassVar[bool] = False
+    eos_is_target: ClassVar[bool] = True
 
     @property
     def facts(self) -> Mapping[str, int]:
@@ -124,6 +124,7 @@ class DirectRenderer:
     def __init__(self, template: ChatTemplate, inspection: Inspection):
         self._template = template
         self._frames: dict[tuple, _Frame] = {}
+        self._refused: set[tuple] = set()
         self._inspection = inspection
 
     def render(self, messages: Sequence[dict]) -> Framed | None:
@@ -134,16 +135,8 @@ class DirectRenderer:
             contents = [message["content"] for message in messages]
         except (KeyError, TypeError):
             return None
-        if frame is None or set(map(len, messages)) != {2} or set(map(type, contents)) != {str}:
+        if frame is None or (bare := self._bare(messages, contents)) is None:
             return None
-        bare = list(map(str.strip, contents))
-        seen = self._inspection
-        if not all(bare) or not seen.equal.isdisjoint(contents):
-            return None
-        if seen.inside:
-            joined = "\0".join(contents)
-            if any(text in joined for text in seen.inside):
-                return None
         if bare != contents:
             if frame.strips is None:
                 frame.strips = self._strips(frame, messages, bare)
@@ -153,15 +146,24 @@ class DirectRenderer:
                         return None
                     if frame.strips[k]:
                         contents[k] = stripped
-        pieces = frame.pieces.copy()
-        pieces[1::2] = contents
-        text = "".join(pieces)
+        text = _framed(frame, contents)
         sizes = list(map(len, contents if text.isascii() else map(str.encode, contents)))
         return Framed(text, frame, sizes, frame.controls)
 
-    def _is_plain(self, content: str) -> bool:
+    def _bare(self, messages: Sequence[dict], contents: Sequence) -> list[str] | None:
+        """The contents without white space at their edges; None unless all are plain."""
+        try:
+            joined = "\0".join(contents)
+        except TypeError:  # one is no text
+            return None
+        # Each message has a role and a content, and nothing else.
+        if sum(map(len, messages)) != 2 * len(contents):
+            return None
+        bare = list(map(str.strip, contents))
         seen = self._inspection
-        return content not in seen.equal and not any(text in content for text in seen.inside)
+        if not all(bare) or not seen.equal.isdisjoint(contents) or any(text in joined for text in seen.inside):
+            return None
+        return bare
 
     def _strips(self, frame: _Frame, messages: Sequence[dict], bare: Sequence[str]) -> list[bool | None]:
         literals = frame.pieces[::2]
@@ -174,37 +176,67 @@ class DirectRenderer:
                 strips[k] = None
         return strips
 
-    def learn(self, messages: Sequence[dict], rendering: Rendering, chat: MarkedChat, header: str | None) -> None:
-        """Take the fixed text of a plain chat that Jinja has rendered.
+    def learn(
+        self,
+        messages: Sequence[dict],
+        header: str | None,
+        located: Callable[[MarkedChat, Sequence[dict]], Rendering],
+    ) -> bool:
+        """Learn the fixed text of the order of roles that these messages have; True when that is known now.
 
-        `header`: what stands before the turns of the model, if only these are trained.
+        The fixed text is what the template writes around one-letter contents. It is kept when it gives, around the
+        contents of these messages, exactly what Jinja writes for them; else every chat of this order goes through
+        Jinja with marks.
+
+        Args:
+            messages: a chat, its messages looked at.
+            header: what stands before the turns of the model, if only these are trained.
+            located: gives the trained spans of a located chat, and the control tokens the template wrote.
         """
-        if len(self._frames) >= _MAX_ORDERS or any(message.keys() != _PLAIN_KEYS for message in messages):
-            return
-        contents = [message["content"] for message in messages]
-        found = [(chat.origins[number].message, chat.text[start:end]) for number, start, end in chat.words]
-        if found != list(enumerate(contents)) or not all(map(self._is_plain, contents)):
-            return
-        literals, last = [], 0
-        for _, start, end in chat.words:
-            literals.append(chat.text[last:start])
-            last = end
-        literals.append(chat.text[last:])
+        roles = tuple(message["role"] for message in messages)
+        if roles in self._frames or roles in self._refused or len(self._frames) + len(self._refused) >= _MAX_ORDERS:
+            return False
+        bare = self._bare(messages, [message.get("content") for message in messages])
+        if bare is None:
+            return False
+        try:
+            frame = self._frame(self._template.render_frame(roles), roles, header, located)
+            plain = [{"role": role, "content": content} for role, content in zip(roles, bare, strict=True)]
+            proven = frame is not None and _framed(frame, bare) == self._template.render(plain)
+        except ValueError:
+            proven = False
+        if proven:
+            self._frames[roles] = frame
+        else:
+            self._refused.add(roles)
+        return proven
+
+    def _frame(self, chat: MarkedChat, roles: tuple[str, ...], header: str | None, located: Callable) -> _Frame | None:
+        """A chat of one-letter contents → its fixed text; None where that is not all there is."""
+        if [number for number, _, _ in chat.words] != list(range(len(roles))):
+            return None
+        starts = [start for _, start, _ in chat.words]
         ends = [end for _, _, end in chat.words]
+        literals = [chat.text[end:start] for end, start in zip([0, *ends], [*starts, len(chat.text)], strict=True)]
+        rendering = located(chat, [{"role": role, "content": FRAME_WORD} for role in roles])
         spans = []
         for border in chain.from_iterable(rendering.spans):
             # A span may begin at a word's first character: count it from the end of the word before.
             k = bisect_right(ends, border)
             distance = border - (ends[k - 1] if k else 0)
-            if distance > len(literals[k]):
-                return  # a border inside a word moves with the word
             spans += [k, len(literals[k][:distance].encode())]
-        pieces = [""] * (2 * len(contents) + 1)
+        pieces = [""] * (2 * len(roles) + 1)
         pieces[::2] = literals
         sizes = np.array([len(literal.encode()) for literal in literals], np.int64)
-        bounds = np.array(spans, np.int64).reshape(-1, 4)
-        frame = _Frame(pieces, sizes, bounds, rendering.controls, rendering.facts, header)
-        self._frames[tuple(message["role"] for message in messages)] = frame
+        return _Frame(
+            pieces, sizes, np.array(spans, np.int64).reshape(-1, 4), rendering.controls, rendering.facts, header
+        )
+
+
+def _framed(frame: _Frame, contents: Sequence[str]) -> str:
+    pieces = frame.pieces.copy()
+    pieces[1::2] = contents
+    return "".join(pieces)
 
 
 def _stripping(messages: Sequence[dict], literals: Sequence[str], template: ChatTemplate) -> list[bool | None]:

@@ -50,11 +50,11 @@ def target_mask(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int,
     """Tokens that hold at least one byte of a span: uint8[T].
 
     Args:
-        starts, ends: byte range of each token, int64[T], both ascending; an empty range is never a target.
+        starts, ends: byte range of each token, int32 or int64[T], both ascending; an empty range is never a target.
         spans: byte ranges, ascending and disjoint.
     """
     bounds = np.asarray(spans, np.int64).reshape(-1, 2)
-    bounds = bounds[bounds[:, 0] < bounds[:, 1]]
+    bounds = bounds[bounds[:, 0] < bounds[:, 1]].astype(ends.dtype)  # or the search would convert all tokens
     # A span's tokens are those that end behind its start and begin before its end: a range of tokens, as both ascend.
     edges = np.empty((len(bounds), 2), np.int64)
     edges[:, 0] = np.searchsorted(ends, bounds[:, 0], side="right")

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def write_store(
             return finished
         fresh = _claim(storage, plan, resume or unit_range is not None) and unit_range is None
         run = pool.run if runner == "local" else _on_ray(ray_address)
-        job = Job(str(place), options, tuple(sources), plan["engine"])
+        # Workers of this machine leave the syncs to this process, which has time to wait for the disk.
+        job = Job(str(place), options, tuple(sources), plan["engine"], sync=runner != "local")
         if runner == "ray":
             job, units = _from_anywhere(job, units)
         with storage.alone(shared=unit_range is not None):
@@ -115,7 +117,9 @@ def write_store(
             if unit_range is not None:
                 units = units[unit_range[0] - 1 :: unit_range[1]]
             try:
-                results = run(functools.partial(encode_unit, job), units, _reporter(units, options, progress))
+                report = _reporter(units, options, progress)
+                with storage.syncing() if not job.sync else nullcontext() as sync:
+                    results = run(functools.partial(encode_unit, job), units, _after(sync, report))
                 for file, stamp in zip(files, stamps, strict=True):
                     if file_stamp(file.path) != stamp:
                         storage.remove()  # nobody knows which of its units saw what
@@ -134,6 +138,17 @@ def write_store(
                 if fresh:
                     storage.remove()
                 raise
+
+
+def _after(sync: Callable[[int], None] | None, report: Callable[[Unit, UnitResult], None]) -> Callable:
+    """What is done when a unit is: its sync, if there is one, and the report."""
+
+    def on_done(unit: Unit, result: UnitResult) -> None:
+        if sync is not None:
+            sync(unit.index)
+        report(unit, result)
+
+    return on_done
 
 
 def _early(options: EncodeOptions) -> Callable[[], None] | None:

@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
-from formats.shard import TEMPORARY_SUFFIX, atomic_write, file_digest, json_bytes, read_json
+from formats.shard import TEMPORARY_SUFFIX, atomic_write, file_digest, json_bytes, read_json, sync_file, sync_folder
 from prep.encode.files import filesystem, is_remote
 from prep.encode.store import STORE_NAME, UnitResult, check_version, unit_path
 
@@ -97,8 +98,27 @@ class FolderStorage:
         record, data = unit_path(self._path, index, ".json"), unit_path(self._path, index)
         if not record.is_file() or not data.is_file():
             return None
-        result = UnitResult(**json.loads(record.read_text(encoding="utf-8")))
+        try:
+            result = UnitResult(**json.loads(record.read_bytes()))
+        except (ValueError, TypeError):  # the machine went down before the record was on the disk
+            return None
         return result if result.is_of(data.stat().st_size, lambda: file_digest(data)) else None
+
+    @contextmanager
+    def syncing(self) -> Iterator[Callable[[int], None]]:
+        """Makes units durable that were written without a sync: the function takes each as it is done. They are all
+        durable when the block ends without an error."""
+        with ThreadPoolExecutor(1) as pool:  # it waits for the disk, so that no worker has to
+            syncs = []
+            yield lambda index: syncs.append(pool.submit(self._sync_unit, index))
+            for sync in syncs:
+                sync.result()
+        if syncs:
+            sync_folder(self._path / "units")
+
+    def _sync_unit(self, index: int) -> None:
+        sync_file(unit_path(self._path, index))
+        sync_file(unit_path(self._path, index, ".json"))
 
     @contextmanager
     def unit_folder(self) -> Iterator[Path]:
@@ -226,6 +246,11 @@ class RemoteStorage:
             while block := file.read(_BLOCK):
                 digest.update(block)
         return digest.hexdigest()
+
+    @contextmanager
+    def syncing(self) -> Iterator[Callable[[int], None]]:
+        """Nothing to do: an object that was put is durable."""
+        yield lambda index: None
 
     @contextmanager
     def unit_folder(self) -> Iterator[Path]:

@@ -57,17 +57,21 @@ def unit_path(store: Path, index: int, suffix: str = ".arrow") -> Path:
 
 
 class UnitWriter:
-    """Writes one unit, batch by batch; a context manager. After it, `finish` makes the unit done."""
+    """Writes one unit, batch by batch; a context manager. After it, `finish` makes the unit done.
 
-    def __init__(self, store: Path, index: int, source: str):
+    `sync`: make it durable; False where the caller does so for many units at once (see `FolderStorage.syncing`).
+    """
+
+    def __init__(self, store: Path, index: int, source: str, sync: bool = True):
         self._store = store
         self._index = index
         self._source = source
+        self._sync = sync
         self._rows = self._tokens = self._targets = 0
         self._largest = -1
 
     def __enter__(self):
-        self._atomic = atomic_write(unit_path(self._store, self._index))
+        self._atomic = atomic_write(unit_path(self._store, self._index), self._sync)
         self._file = self._atomic.__enter__()
         self._sink = pa.PythonFile(self._file, mode="w")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
@@ -88,7 +92,7 @@ class UnitWriter:
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
         self._rows += rows
         self._tokens += len(ids)
-        self._targets += int(mask.sum(dtype=np.int64))
+        self._targets += int(np.count_nonzero(mask))
         self._largest = max(self._largest, int(ids.max(initial=-1)))
 
     def __exit__(self, kind, error, trace):
@@ -115,7 +119,7 @@ class UnitWriter:
             ledger.to_json(),
             len(rejected),
         )
-        write_json(unit_path(self._store, self._index, ".json"), result._asdict())
+        write_json(unit_path(self._store, self._index, ".json"), result._asdict(), self._sync)
         return result
 
 

@@ -29,6 +29,9 @@ _MARKS = re.compile(
 _ANY_MARK = re.compile(f"[{_FIRST}-{_LAST}]")
 _EDGES = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
 
+FRAME_WORD = "x"
+"""Each content of `ChatTemplate.render_frame`."""
+
 # Names under which a message's reasoning is passed; templates read one or the other.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -185,6 +188,21 @@ class ChatTemplate:
         if marked is None or marked.text != text:
             raise TemplateMismatchError("the chat template rewrites the words of this chat, so they cannot be located")
         return MarkedChat(marked.text, marked.words, marked.generations, marker.origins)
+
+    def render_frame(self, roles: Sequence[str]) -> "MarkedChat":
+        """Render a chat of one-letter contents with marks: what the template writes around any words, for half the work
+        of `render_marked`. Which contents the template treats like these is the caller's to know.
+
+        Raises:
+            TemplateMismatchError: it tears the contents apart.
+            ValueError: the template refuses the chat.
+        """
+        chat = [{"role": role, "content": f"{_WORD}{k};{FRAME_WORD}{_WORD_END}{k};"} for k, role in enumerate(roles)]
+        marked = _read_marks(self._render(chat, None, False, mark=True))
+        if marked is None:
+            raise TemplateMismatchError("the chat template tears the words of a chat apart")
+        origins = [Origin(k, "content", 0, True) for k in range(len(roles))]
+        return MarkedChat(marked.text, marked.words, marked.generations, origins)
 
 
 ASIDE = "aside"

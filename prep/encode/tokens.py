@@ -8,8 +8,8 @@ times slower, elsewhere. `fastokens`, which tracks no offsets at all, is many ti
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -19,9 +19,11 @@ from prep.encode.pieces import PIECE_CHARACTERS, cut_text
 from prep.encode.tokenizer import TokenizerFolder
 
 _TWIN = 0x10F000  # private-use characters from here on stand for control tokens in `encode_guarded`
+_LONG_FOR_FAST = 1 << 18  # to fastokens a text's length makes no difference but for its memory
 _PIECES_A_CALL = 256  # about a megabyte: no more is in the library's own form at a time
 _SAMPLE_CHARACTERS = 2000
 _SAMPLE_LEAST = 100  # a shorter piece says little
+_SAMPLE_AT_ONCE = 1 << 15  # characters: little memory, and the libraries' tables are in the caches for a while
 SAMPLE_FRACTION = 0.0025
 """Share of the text that is compared with Hugging Face: 1 % would already cost a quarter of the time. A work unit has
 one piece of `_SAMPLE_LEAST` characters more, which takes less than the writing of its file."""
@@ -31,18 +33,40 @@ class EngineDiffersError(Exception):
     """fastokens gave other ids than Hugging Face tokenizers."""
 
 
-class Encoded(NamedTuple):
+@dataclass
+class Encoded:
     """Tokens of a batch of texts, flat; text i has tokens `offsets[i]:offsets[i+1]`.
 
-    ids int32[T]; starts, ends int64[T] (byte range of each token in all texts of the batch one after the other, both
-    ascending); offsets int64[N+1]; bytes int64[N+1] (text i has bytes `bytes[i]:bytes[i+1]`).
+    ids int32[T]; offsets int64[N+1]; bytes int64[N+1] (text i has bytes `bytes[i]:bytes[i+1]`); lengths int32[T], the
+    bytes of each token, where each begins behind the one before and nothing of any text is left out, else None.
     """
 
     ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
     offsets: np.ndarray
     bytes: np.ndarray
+    lengths: np.ndarray | None = None
+    ranges: InitVar[tuple[np.ndarray, np.ndarray] | None] = None
+
+    def __post_init__(self, ranges):
+        if ranges is not None:
+            self._ranges = ranges
+
+    @cached_property
+    def _ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        # int32 where it will do: half the memory to fill, and nothing to convert.
+        bounds = np.zeros(len(self.lengths) + 1, np.int32 if self.bytes[-1] < 1 << 31 else np.int64)
+        np.cumsum(self.lengths, out=bounds[1:])
+        return bounds[:-1], bounds[1:]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First byte of each token in all texts of the batch one after the other, int32 or int64[T], ascending."""
+        return self._ranges[0]
+
+    @property
+    def ends(self) -> np.ndarray:
+        """One past the last byte of each token, int32 or int64[T], ascending."""
+        return self._ranges[1]
 
 
 class TokenEncoder:
@@ -58,12 +82,14 @@ class TokenEncoder:
         self._hf = folder.tokenizer
         self._fast = folder.fast_tokenizer if engine == "fast" else None
         self._budget = 0.0
+        self._sample: list[str] = []
         self.compared = 0
         """Pieces of text that were compared with Hugging Face since `reset`."""
 
     def reset(self) -> None:
         """Begin a work unit: what is compared depends on the unit alone, and in the smallest something is."""
         self._budget = float(_SAMPLE_LEAST)
+        self._sample = []
         self.compared = 0
 
     def encode(self, texts: Sequence[str], fast: bool = True) -> tuple[Encoded, dict[int, str]]:
@@ -77,17 +103,21 @@ class TokenEncoder:
             The tokens, and the reasons for texts that cannot be encoded: {index: reason}.
 
         Raises:
-            EngineDiffersError: the fast engine gave other ids than Hugging Face on a piece of the sample.
+            EngineDiffersError: see `compare`, which must follow the last text of a unit.
         """
         texts = list(texts)
         if self._fast is not None and fast:
-            self._compare(texts)
-            ids, offsets = self._in_pieces(self._encode_fast, texts)
+            self._budget += SAMPLE_FRACTION * sum(map(len, texts))
+            sample, self._budget = select_sample(texts, self._budget)
+            self._sample += sample
+            if sum(map(len, self._sample)) >= _SAMPLE_AT_ONCE:
+                self.compare()
+            ids, offsets = self._in_pieces(self._encode_fast, texts, _LONG_FOR_FAST)
         elif self._folder.byte_lengths is not None:
-            ids, offsets = self._in_pieces(self._encode_hf, texts)
+            ids, offsets = self._in_pieces(self._encode_hf, texts, PIECE_CHARACTERS)
         else:
             return self._replace(None, {i: self._encode_slowly(self._hf, text) for i, text in enumerate(texts)}, texts)
-        encoded, proven = self._byte_ranges(ids, offsets, texts)
+        encoded, proven = self._with_lengths(ids, offsets, texts)
         if proven.all():
             return encoded, {}
         slow = {int(i): self._encode_slowly(self._hf, texts[i]) for i in np.flatnonzero(~proven)}
@@ -132,14 +162,15 @@ class TokenEncoder:
                 pieces += [text[last : match.start()], self._twins[match.group()]]
                 swapped.append((match.start(), len(match.group().encode())))
                 last = match.end()
-        ids, starts, ends, offsets, _ = self._encode_slowly(self._guard, "".join([*pieces, text[last:]]))
+        encoded = self._encode_slowly(self._guard, "".join([*pieces, text[last:]]))
         # Back to the bytes of the real text: every swapped token before a position shifts it.
         width = len(chr(_TWIN).encode())
         real = np.array([len(text[:position].encode()) for position, _ in swapped], np.int64)
         shifts = np.concatenate([[0], np.cumsum([length - width for _, length in swapped])]).astype(np.int64)
         guarded = real - shifts[:-1]
-        starts = starts + shifts[np.searchsorted(guarded, starts, side="left")]
-        ends = ends + shifts[np.searchsorted(guarded, ends, side="left")]
+        starts = encoded.starts + shifts[np.searchsorted(guarded, encoded.starts, side="left")]
+        ends = encoded.ends + shifts[np.searchsorted(guarded, encoded.ends, side="left")]
+        ids = encoded.ids
         is_twin = ids >= self._folder.vocab_size
         table = np.array(list(self._folder.control_tokens.values()), np.int32)
         ids[is_twin] = table[ids[is_twin] - self._folder.vocab_size]
@@ -147,15 +178,21 @@ class TokenEncoder:
             raise ValueError(
                 "the tokenizer makes control tokens out of the record's own text; --allow-special permits it"
             )
-        return Encoded(ids, starts, ends, offsets, bounds_of([len(text.encode())]))
+        return Encoded(ids, encoded.offsets, bounds_of([len(text.encode())]), ranges=(starts, ends))
 
     def control_counts(self, encoded: Encoded) -> np.ndarray:
         """Control tokens of each text, int64[N]."""
+        return np.diff(np.searchsorted(self._controls(encoded), encoded.offsets))
+
+    def has_controls(self, encoded: Encoded) -> bool:
+        """Whether any text has a control token."""
+        return len(self._controls(encoded)) > 0
+
+    def _controls(self, encoded: Encoded) -> np.ndarray:
         # Control tokens have neighbouring ids, so a comparison leaves few tokens to look up.
         first, last = self._folder.control_range
         found = np.flatnonzero((encoded.ids >= first) & (encoded.ids <= last))
-        found = found[self._folder.is_control[encoded.ids[found]]]
-        return np.diff(np.searchsorted(found, encoded.offsets))
+        return found[self._folder.is_control[encoded.ids[found]]]
 
     @cached_property
     def _twins(self) -> dict[str, str]:
@@ -176,13 +213,13 @@ class TokenEncoder:
         guard.encode_special_tokens = True
         return guard
 
-    def _in_pieces(self, encode: Callable, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """What `encode` gives for texts, long ones piece by piece."""
-        if max(map(len, texts), default=0) <= PIECE_CHARACTERS or not self._folder.can_be_cut:
+    def _in_pieces(self, encode: Callable, texts: list[str], longest: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `encode` gives for texts, those of more than `longest` characters piece by piece."""
+        if max(map(len, texts), default=0) <= longest or not self._folder.can_be_cut:
             return encode(texts)
         flat, rows = [], [0]
         for text in texts:
-            if len(text) <= PIECE_CHARACTERS:
+            if len(text) <= longest:
                 flat.append(text)
             else:
                 flat += cut_text(text)
@@ -204,7 +241,7 @@ class TokenEncoder:
             ends.append(encoded.ends + base)
             base += len(piece.encode())
         flat, offsets = flatten([np.concatenate(ids)])
-        return Encoded(flat, np.concatenate(starts), np.concatenate(ends), offsets, bounds_of([base]))
+        return Encoded(flat, offsets, bounds_of([base]), ranges=(np.concatenate(starts), np.concatenate(ends)))
 
     def _encode_hf(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         batch = self._hf.encode_batch_fast(texts, add_special_tokens=False)
@@ -223,10 +260,13 @@ class TokenEncoder:
             return np.concatenate([parts[0][0], parts[1][0]]), offsets
         return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
 
-    def _compare(self, texts: list[str]) -> None:
-        """Compare both engines on a deterministic sample of the texts: whole ones where short, else pieces."""
-        self._budget += SAMPLE_FRACTION * sum(map(len, texts))
-        sample, self._budget = select_sample(texts, self._budget)
+    def compare(self) -> None:
+        """Compare both engines on the sample of the texts encoded so far: whole ones where short, else pieces.
+
+        Raises:
+            EngineDiffersError: the fast engine gave other ids than Hugging Face on a piece of the sample.
+        """
+        sample, self._sample = self._sample, []
         if not sample:
             return
         ids, offsets = self._encode_fast(sample)
@@ -235,19 +275,18 @@ class TokenEncoder:
         if not (np.array_equal(ids, expected) and np.array_equal(offsets, expected_offsets)):
             raise EngineDiffersError
 
-    def _byte_ranges(self, ids: np.ndarray, offsets: np.ndarray, texts: list[str]) -> tuple[Encoded, np.ndarray]:
-        """Byte ranges from token lengths: (tokens, proven bool[N]); ranges are right where all texts before are proven.
+    def _with_lengths(self, ids: np.ndarray, offsets: np.ndarray, texts: list[str]) -> tuple[Encoded, np.ndarray]:
+        """(tokens with their lengths, proven bool[N]); byte ranges are right where all texts before are proven.
 
         A text is proven when the lengths of its tokens add up to its own bytes and the normaliser leaves it alone:
         such a tokenizer only ever drops bytes (a vocabulary that lacks them), so a full sum means that none is missing.
         """
-        cumulated = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum(self._folder.byte_lengths.take(ids), out=cumulated[1:])
+        lengths = self._folder.byte_lengths.take(ids)
         sizes = utf8_sizes(texts)
-        proven = np.diff(cumulated[offsets]) == sizes
+        proven = segment_sums(lengths, offsets) == sizes
         if self._folder.changes_text is not None:
             proven &= ~np.fromiter(map(self._folder.changes_text, texts), bool, len(texts))
-        return Encoded(ids, cumulated[:-1], cumulated[1:], offsets, bounds_of(sizes)), proven
+        return Encoded(ids, offsets, bounds_of(sizes), lengths), proven
 
 
 def can_be_fast(folder: TokenizerFolder) -> bool:
@@ -290,12 +329,23 @@ def flatten(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sum of values in each `offsets[i]:offsets[i+1]`, int64[N]."""
+    """Sum of values (int32, none negative) in each `offsets[i]:offsets[i+1]`, int64[N]."""
     sums = np.zeros(len(offsets) - 1, np.int64)
     filled = offsets[1:] > offsets[:-1]  # `reduceat` knows no empty segments
     if filled.any():
-        sums[filled] = np.add.reduceat(values, offsets[:-1][filled], dtype=np.int64)
+        # Sums that cannot overflow are made without turning every value into an int64 first.
+        kind = np.int32 if int(values.max()) * len(values) < 1 << 31 else np.int64
+        sums[filled] = np.add.reduceat(values, offsets[:-1][filled], dtype=kind)
     return sums
+
+
+def segment_any(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Whether any of values (uint8) in each `offsets[i]:offsets[i+1]` is not 0, bool[N]."""
+    found = np.zeros(len(offsets) - 1, bool)
+    filled = offsets[1:] > offsets[:-1]
+    if filled.any():
+        found[filled] = np.maximum.reduceat(values, offsets[:-1][filled])
+    return found
 
 
 def replace_rows(encoded: Encoded | None, rows: dict[int, Encoded], count: int) -> Encoded:
@@ -309,15 +359,14 @@ def replace_rows(encoded: Encoded | None, rows: dict[int, Encoded], count: int) 
             # Token lengths that do not add up in one text shift those behind it: count from the text's own first byte.
             begin = encoded.starts[part][:1]
             size = encoded.bytes[i : i + 2] - encoded.bytes[i]
-            pieces.append(
-                Encoded(encoded.ids[part], encoded.starts[part] - begin, encoded.ends[part] - begin, None, size)
-            )
+            ranges = (encoded.starts[part] - begin, encoded.ends[part] - begin)
+            pieces.append(Encoded(encoded.ids[part], None, size, ranges=ranges))
     ids, offsets = flatten([piece.ids for piece in pieces])
     bases = bounds_of([int(piece.bytes[-1]) for piece in pieces])
     empty = [np.empty(0, np.int64)]
     starts = np.concatenate(empty + [piece.starts + base for piece, base in zip(pieces, bases, strict=False)])
     ends = np.concatenate(empty + [piece.ends + base for piece, base in zip(pieces, bases, strict=False)])
-    return Encoded(ids, starts, ends, offsets, bases)
+    return Encoded(ids, offsets, bases, ranges=(starts, ends))
 
 
 def _encode_with_offsets(tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
@@ -329,7 +378,8 @@ def _encode_with_offsets(tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
         widths = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
         ranges = np.concatenate([[0], np.cumsum(widths)])[ranges]
     ids = np.array(encoding.ids, np.int32)
-    return Encoded(ids, ranges[:, 0], ranges[:, 1], bounds_of([len(ids)]), bounds_of([len(text.encode())]))
+    bounds, size = bounds_of([len(ids)]), bounds_of([len(text.encode())])
+    return Encoded(ids, bounds, size, ranges=(ranges[:, 0], ranges[:, 1]))
 
 
 def _uncovered_text(encoded: Encoded, text: str) -> str:

@@ -21,7 +21,7 @@ from prep.encode.storage import storage_at
 from prep.encode.store import UnitResult, UnitWriter
 from prep.encode.templates import ChatTemplate
 from prep.encode.tokenizer import TokenizerFolder, read_tokenizer, release_memory
-from prep.encode.tokens import EngineDiffersError, TokenEncoder, bounds_of, replace_rows, segment_sums
+from prep.encode.tokens import Encoded, EngineDiffersError, TokenEncoder, bounds_of, replace_rows, segment_any
 from prep.ledger import Ledger
 
 _BATCH_CHARACTERS = 1 << 20
@@ -33,27 +33,36 @@ _REJECT_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Job:
-    """What all units of a run share. `store` is a path or an address; `engine` is decided once: `hf` or `fast`."""
+    """What all units of a run share. `store` is a path or an address; `engine` is decided once: `hf` or `fast`.
+
+    `sync`: workers make each unit durable; False where the run does (see `FolderStorage.syncing`).
+    """
 
     store: str
     options: EncodeOptions
     sources: tuple[SourceSpec, ...]
     engine: str
+    sync: bool = True
 
 
 class DirectDiffersError(Exception):
     """A chat rendered directly is not what its template writes."""
 
 
-class _Item:
-    """A record on its way: where it stands, as it was read, and the document it became."""
+class _Batch:
+    """Records on their way: where each stands, as it was read, and the document it became."""
 
-    __slots__ = ("document", "position", "record")
+    __slots__ = ("documents", "positions", "records")
 
-    def __init__(self, position: int, record: object, document: Rendering | Framed | Tokens):
-        self.position = position
-        self.record = record
-        self.document = document
+    def __init__(self):
+        self.positions: list[int] = []
+        self.records: list[object] = []
+        self.documents: list[Rendering | str | Framed | Tokens] = []
+
+    def clear(self) -> None:
+        """Forget all."""
+        for column in (self.positions, self.records, self.documents):
+            column.clear()
 
 
 def encode_unit(job: Job, unit: Unit) -> UnitResult:
@@ -135,6 +144,7 @@ class _UnitRun:
 
     def __init__(self, job: Job, unit: Unit, encoder: _Encoder):
         self._options = job.options
+        self._sync = job.sync
         self._unit = unit
         self._spec = job.sources[unit.source]
         self._encoder = encoder
@@ -146,52 +156,58 @@ class _UnitRun:
 
     def run(self, store: Path) -> Ledger:
         """Read, encode and write the whole unit."""
-        self.writer = UnitWriter(store, self._unit.index, self._spec.name)
+        self.writer = UnitWriter(store, self._unit.index, self._spec.name, self._sync)
         with self.writer:
             for batch in self._batches():
                 self.writer.write(*self._encode(batch))
                 batch.clear()  # before the next records are read: two of many megabytes need not be in memory at once
+            self._encoder.tokens.compare()
         if self._encoder.tokens.compared:
             self._ledger.note(self._spec.name, "compared_with_hf", self._encoder.tokens.compared)
         return self._ledger
 
-    def _batches(self) -> Iterator[list[_Item]]:
-        batch: list[_Item] = []
+    def _batches(self) -> Iterator[_Batch]:
+        batch = _Batch()
         size = 0
+        read = self._records.read
         for position, record in read_unit(self._unit, self._spec):
-            if type(record) is bytes and (not record or record.isspace()):
-                continue
+            # There may be thousands of records a megabyte: this loop calls no function that it can do without.
             try:
-                document = self._document(record)
+                if type(record) is not bytes:
+                    if type(record) is Unreadable:
+                        raise ValueError(record.reason)
+                    document = read(record)
+                elif record and not record.isspace():
+                    document = read(parse_json(record))
+                    if type(document) is Rendering and document.literals and holds_long_number(record):
+                        document = read(parse_exactly(record))
+                else:
+                    continue
+                if type(document) is Framed:
+                    self._prove_direct(record, document)
+            except RecursionError:
+                self._reject(position, record, ValueError("the record is nested too deeply"))
+                continue
             except ValueError as error:
                 self._reject(position, record, error)
                 continue
-            batch.append(_Item(position, record, document))
-            if type(document) is Tokens:
+            batch.positions.append(position)
+            batch.records.append(record)
+            batch.documents.append(document)
+            if type(document) is str:
+                size += len(document)
+            elif type(document) is Tokens:
                 size += 4 * len(document.ids)
             else:
                 size += len(document.text)
-                for name, count in document.facts.items():
-                    self._ledger.note(self._spec.name, name, count)
+                if document.facts:
+                    for name, count in document.facts.items():
+                        self._ledger.note(self._spec.name, name, count)
             if size >= _BATCH_CHARACTERS:
                 record = document = None  # `batch` alone holds them, see `run`
                 yield batch
                 size = 0
         yield batch
-
-    def _document(self, record: object) -> Rendering | Framed | Tokens:
-        if type(record) is Unreadable:
-            raise ValueError(record.reason)
-        try:
-            document = self._records.read(parse_json(record) if type(record) is bytes else record)
-            by_template = type(document) is Rendering and document.literals
-            if by_template and type(record) is bytes and holds_long_number(record):
-                document = self._records.read(parse_exactly(record))
-        except RecursionError:
-            raise ValueError("the record is nested too deeply") from None
-        if type(document) is Framed:
-            self._prove_direct(record, document)
-        return document
 
     def _prove_direct(self, record: object, document: Framed) -> None:
         """The first directly rendered chats of a unit and a few of the others go through Jinja as well."""
@@ -221,46 +237,55 @@ class _UnitRun:
             json.dumps({"where": where, "reason": str(error), "record": text[:_REJECT_CHARACTERS]}, ensure_ascii=True)
         )
 
-    def _encode(self, batch: Sequence[_Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Items → (ids int32[T], mask uint8[T], offsets int64[N+1]) of the documents that are kept."""
-        texts = [item for item in batch if type(item.document) is not Tokens]
-        ids, mask, offsets, good = self._encode_texts(texts) if texts else (None, None, None, [])
-        if not texts or len(good) < len(batch):
-            ids, mask, offsets = self._interleave(batch, texts, ids, mask, offsets, good)
+    def _encode(self, batch: _Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Records → (ids int32[T], mask uint8[T], offsets int64[N+1]) of the documents that are kept."""
+        texts = [i for i, document in enumerate(batch.documents) if type(document) is not Tokens]
+        ids, mask, offsets, good = self._encode_texts(batch, texts) if texts else (None, None, None, [])
+        if not texts or len(good) < len(batch.documents):
+            ids, mask, offsets = self._interleave(batch, ids, mask, offsets, good)
         # Nothing precedes the first token, so nothing can predict it.
         lengths = np.diff(offsets)
         mask[offsets[:-1][lengths > 0]] = 0
         return self._keep(ids, mask, offsets)
 
-    def _encode_texts(self, items: Sequence[_Item]):
-        """(ids, mask, offsets, index of each row among `items`) of the texts that could be encoded."""
+    def _encode_texts(self, batch: _Batch, texts: Sequence[int]):
+        """(ids, mask, offsets, place of each row in the batch) of those of `texts`, places too, that can be encoded."""
         tokens = self._encoder.tokens
-        encoded, bad = tokens.encode([item.document.text for item in items], fast=self._encoder.fast)
-        limits = [item.document.controls for item in items]
-        allowed = np.array([-1 if limit is None else limit for limit in limits])
+        documents = [batch.documents[i] for i in texts]
+        kinds = set(map(type, documents))
+        words = documents if kinds == {str} else [d if type(d) is str else d.text for d in documents]
+        encoded, bad = tokens.encode(words, fast=self._encoder.fast)
+        controls = None if self._options.allow_special else 0
+        if kinds == {str} and encoded.lengths is not None and (controls is None or not tokens.has_controls(encoded)):
+            # Nothing but texts, and each is the sequence of its tokens: every token is a target.
+            every = np.ones(len(texts), bool)
+            mask = (encoded.lengths > 0).view(np.uint8)
+            return *self._add_around(every, every, encoded.ids, mask, encoded.offsets), texts
+        if str in kinds:
+            documents = [Rendering(d, [(0, len(d))], controls, around=True) if type(d) is str else d for d in documents]
+        allowed = np.array([-1 if document.controls is None else document.controls for document in documents])
         replaced = {}
         for i in np.flatnonzero((allowed >= 0) & (tokens.control_counts(encoded) != allowed)).tolist():
             if i in bad:
                 continue
             try:
-                if type(items[i].document) is Framed:
-                    items[i].document = self._render_fully(items[i].record)
-                replaced[i] = tokens.encode_guarded(items[i].document.text, items[i].document.literals)
+                if type(documents[i]) is Framed:
+                    documents[i] = self._render_fully(batch.records[texts[i]])
+                replaced[i] = tokens.encode_guarded(documents[i].text, documents[i].literals)
             except ValueError as error:
                 bad[i] = str(error)
         if replaced:
-            encoded = replace_rows(encoded, replaced, len(items))
+            encoded = replace_rows(encoded, replaced, len(texts))
             self._ledger.note(self._spec.name, "control_tokens_kept_as_text", len(replaced))
         for i, reason in sorted(bad.items()):
-            self._reject(items[i].position, items[i].record, ValueError(reason))
-        documents = [item.document for item in items]
+            self._reject(batch.positions[texts[i]], batch.records[texts[i]], ValueError(reason))
         ids, mask, offsets = self._targets(documents, encoded)
         if not bad:
-            return ids, mask, offsets, range(len(items))
-        good = [i for i in range(len(items)) if i not in bad]
-        return *select_rows(ids, mask, offsets, np.array(good, np.int64)), good
+            return ids, mask, offsets, texts
+        good = [i for i in range(len(texts)) if i not in bad]
+        return *select_rows(ids, mask, offsets, np.array(good, np.int64)), [texts[i] for i in good]
 
-    def _targets(self, documents: Sequence[Rendering | Framed], encoded):
+    def _targets(self, documents: Sequence[Rendering | Framed], encoded: Encoded):
         """Masks of all texts at once, each on its own range of the axis of bytes."""
         framed, bases, spans = [], [], []
         bounds = encoded.bytes.tolist()
@@ -276,14 +301,15 @@ class _UnitRun:
             if spans:
                 trained = trained[np.argsort(trained[:, 0], kind="stable")]
         mask = target_mask(encoded.starts, encoded.ends, trained)
-        return self._add_around(documents, encoded.ids, mask, encoded.offsets)
+        around = np.fromiter((document.around for document in documents), bool, len(documents))
+        eos_is_target = np.fromiter((document.eos_is_target for document in documents), bool, len(documents))
+        return self._add_around(around, eos_is_target, encoded.ids, mask, encoded.offsets)
 
-    def _add_around(self, documents: Sequence[Rendering | Framed], ids, mask, offsets):
-        """bos before and eos behind plain texts."""
+    def _add_around(self, around: np.ndarray, eos_is_target: np.ndarray, ids, mask, offsets):
+        """bos before and eos behind the texts that `around` (bool[N]) tells."""
         folder = self._encoder.folder
         prefix = np.array(folder.prefix_ids, np.int32)
         suffix = np.array([] if folder.eos_id is None else [folder.eos_id], np.int32)
-        around = np.fromiter((document.around for document in documents), bool, len(documents))
         if not around.any() or not len(prefix) + len(suffix):
             return ids, mask, offsets
         grown = bounds_of(np.diff(offsets) + around * (len(prefix) + len(suffix)))
@@ -296,24 +322,23 @@ class _UnitRun:
             last = grown[1:][around] - 1
             given[last] = False
             out_ids[last] = token
-            eos = np.fromiter((document.eos_is_target for document in documents), np.uint8, len(documents))
-            out_mask[last] = eos[around]
+            out_mask[last] = eos_is_target[around]
         out_ids[given], out_mask[given] = ids, mask
         return out_ids, out_mask, grown
 
-    def _interleave(self, batch, texts, ids, mask, offsets, good):
+    def _interleave(self, batch: _Batch, ids, mask, offsets, good: Sequence[int]):
         """Put documents that came as tokens between the encoded ones, in the order of the input."""
-        row = {id(texts[i]): k for k, i in enumerate(good)}
+        row = {i: k for k, i in enumerate(good)}
         all_ids, all_masks = [np.empty(0, np.int32)], [np.empty(0, np.uint8)]
         lengths = [0]
-        for item in batch:
-            if type(item.document) is Tokens:
-                all_ids.append(item.document.ids)
-                all_masks.append(item.document.mask)
-                if item.document.removed:
-                    self._ledger.note(self._spec.name, "padding_removed", item.document.removed)
-            elif id(item) in row:
-                part = slice(offsets[row[id(item)]], offsets[row[id(item)] + 1])
+        for i, document in enumerate(batch.documents):
+            if type(document) is Tokens:
+                all_ids.append(document.ids)
+                all_masks.append(document.mask)
+                if document.removed:
+                    self._ledger.note(self._spec.name, "padding_removed", document.removed)
+            elif i in row:
+                part = slice(offsets[row[i]], offsets[row[i] + 1])
                 all_ids.append(ids[part])
                 all_masks.append(mask[part])
             else:
@@ -324,9 +349,8 @@ class _UnitRun:
     def _keep(self, ids, mask, offsets):
         """Drop documents that have nothing to give, and enter all in the ledger."""
         lengths = np.diff(offsets)
-        targets = segment_sums(mask, offsets)
         empty = lengths == 0
-        untrained = (targets == 0) & ~empty & (not self._options.keep_untrained)
+        untrained = ~segment_any(mask, offsets) & ~empty & (not self._options.keep_untrained)
         kept = ~empty & ~untrained
         name = self._spec.name
         self._ledger.read(name, len(lengths), len(ids))

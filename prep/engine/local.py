@@ -11,6 +11,7 @@ dies is noticed by the end of its own.
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -218,6 +219,7 @@ def _nursery(control, pipes, early, setup: bytes | None, parent: int) -> None:
     except (EOFError, BrokenPipeError):
         os._exit(0)  # as above
     nursery = os.getpid()
+    gc.freeze()  # what all share will never be garbage: collections need not look at it, which would copy its pages
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # no end between a fork and its entry in `children`
     for number in range(count):
         pid = os.fork()

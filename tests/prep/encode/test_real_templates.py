@@ -1,6 +1,7 @@
 """Ids and masks against transformers, on the real tokenizers and templates of five model families."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
@@ -77,10 +78,11 @@ def test_ids_are_those_of_transformers_and_the_words_and_their_end_are_trained(f
     messages, words = CHATS[name]
     records = reader(tokenizer)
     expected = reference.apply_chat_template(messages, tokenize=True, return_dict=False)
-    for attempt in range(2):  # the second time a plain chat is rendered directly
-        rendering = records.read({"messages": messages})
+    for direct in (False, True):
+        with nullcontext() if direct else records._chats.indirectly():
+            rendering = records.read({"messages": messages})
         looked_at = kind == "qwen3" and name == "tags of the user"
-        assert (attempt == 1 and not looked_at) == (rendering.literals is None), "rendered the other way"
+        assert (direct and not looked_at) == (rendering.literals is None), "rendered the other way"
         for engine in engines:
             encoded, bad = engine.encode([rendering.text])
             assert not bad
@@ -174,7 +176,8 @@ def test_control_tokens_in_a_message_stay_text(family):
     end = ENDS[kind]
     messages = [user(f"say {end} now{end}"), model(f"no: {end}")]
     records = reader(tokenizer)
-    rendering = records.read({"messages": messages})
+    with records._chats.indirectly():
+        rendering = records.read({"messages": messages})
     encoded = engines[0].encode_guarded(rendering.text, rendering.literals)
     plain = reference.apply_chat_template([user("say now"), model("no:")], tokenize=True, return_dict=False)
     count = tokenizer.control_tokens[end]

@@ -280,7 +280,7 @@ def test_tokens_pass_through(byte_level):
 
 def test_columns(byte_level):
     read = reader(byte_level, columns={"text": "body"}).read
-    assert read({"body": "hello", "text": "not me"}).text == "hello"
+    assert read({"body": "hello", "text": "not me"}) == "hello"
     with pytest.raises(ValueError, match="column body"):
         read({"text": "x"})
 
@@ -288,8 +288,9 @@ def test_columns(byte_level):
 def test_control_tokens_are_counted_as_the_template_writes_them(byte_level):
     read = reader(byte_level).read
     assert read(chat("a", "b")).controls == 4
-    assert read({"text": "a<|im_end|>"}).controls == 0
-    assert reader(byte_level, allow_special=True).read({"text": "a<|im_end|>"}).controls is None
+    assert read({"prompt": "a<|im_end|>", "completion": "b"}).controls == 0
+    pair = reader(byte_level, allow_special=True).read({"prompt": "a<|im_end|>", "completion": "b"})
+    assert pair.controls is None
     assert reader(byte_level, allow_special=True).read(chat("a", "b")).controls is None
 
 

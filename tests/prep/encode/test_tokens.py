@@ -81,8 +81,8 @@ def test_both_engines_agree(folder):
         pytest.skip("NOT TESTED, fastokens does not read this trained tokenizer")
     texts = [text for text in NASTY if "\x00" not in text]
     fast, hf = (TokenEncoder(folder, engine).encode(texts)[0] for engine in ("fast", "hf"))
-    for mine, other in zip(fast, hf, strict=True):
-        assert np.array_equal(mine, other)
+    for name in ("ids", "starts", "ends", "offsets", "bytes"):
+        assert np.array_equal(getattr(fast, name), getattr(hf, name)), name
 
 
 def test_a_fast_engine_that_differs_is_found_out(byte_level):
@@ -95,9 +95,13 @@ def test_a_fast_engine_that_differs_is_found_out(byte_level):
         return np.where(ids == ids[0], ids + 1, ids), offsets
 
     encoder._encode_fast = wrong
+    encoder.encode(["Hello there, how are you today?"] * 5000)
     with pytest.raises(EngineDiffersError):
-        for _ in range(5):
-            encoder.encode(["Hello there, how are you today?"] * 1000)
+        encoder.compare()
+    encoder.reset()
+    with pytest.raises(EngineDiffersError):  # before the end of a large unit: what waits must not grow with it
+        for _ in range(100):
+            encoder.encode(["Hello there, how are you today?"] * 5000)
 
 
 def test_the_sample_stays_within_its_share():
