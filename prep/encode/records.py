@@ -85,10 +85,12 @@ class RecordReader:
         self._policy = policy
         self._columns = dict(columns or {})
         self._allow_special = allow_special
+        self._trains_eos = policy.end_of_turn != "none"
         self._roles: set[str] = set()  # names that were looked at
 
     def read(self, record: object) -> Rendering | str | Framed | Tokens:
-        """One record. A `str` is a text between bos and eos, all of it trained: there may be thousands a megabyte.
+        """One record. A `str` is a text between bos and eos, all of it trained, eos too: the kind of record of which
+        there may be thousands a megabyte.
 
         Raises:
             ValueError: not a record of a known kind, or one that cannot be rendered; the message says why.
@@ -99,7 +101,7 @@ class RecordReader:
             record = self._mapped(record)
         get = record.get
         # Most records are texts: one look at the names instead of ten.
-        if type(text := get("text")) is str and text and _BEFORE_TEXT.isdisjoint(record):
+        if self._trains_eos and type(text := get("text")) is str and text and _BEFORE_TEXT.isdisjoint(record):
             return text
         if get("input_ids") not in _ABSENT:
             return self._tokens(record)
@@ -214,7 +216,7 @@ class RecordReader:
         if not isinstance(text, str):
             reason = "it is not UTF-8" if isinstance(text, bytes) else f"it is {kind_of(text)}"
             raise ValueError(f"text must be text, but {reason}")
-        return self._plain(text, 0, eos_is_target=self._policy.end_of_turn != "none")
+        return self._plain(text, 0, eos_is_target=self._trains_eos)
 
     def _plain(self, text: str, start: int, eos_is_target: bool) -> Rendering:
         spans = [(start, len(text))] if start < len(text) else []

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from encoding_runs import chats, digest, documents, run, texts, write_jsonl
 
+from prep.encode import storage
 from prep.encode.options import EncodeOptions, MaskPolicy
 from prep.encode.run import encode
 from prep.encode.store import DocumentStore, UnitWriter
@@ -187,3 +188,36 @@ def test_a_full_disk_is_an_error_that_can_be_resumed(tmp_path, byte_level, monke
     assert not list((tmp_path / "s").rglob("*.tmp"))
     run(path, tmp_path / "s", byte_level, unit_bytes=4000, resume=True)
     assert digest(tmp_path / "s") == digest(tmp_path / "whole")
+
+
+def test_every_unit_is_durable_before_the_store_is_finished(tmp_path, byte_level, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", texts(300))
+    synced = []
+    real_file, real_folder, real_json = storage.sync_file, storage.sync_folder, storage.FolderStorage.write_json
+    monkeypatch.setattr(storage, "sync_file", lambda path: (real_file(path), synced.append(path.name)))
+    monkeypatch.setattr(storage, "sync_folder", lambda path: (real_folder(path), synced.append(path.name)))
+
+    def write_json(self, name, value):
+        if name == "store.json":
+            units = sorted(file.name for file in (tmp_path / "s" / "units").iterdir())
+            assert sorted(synced[:-1]) == units
+            assert synced[-1] == "units"
+            synced.append("finished")
+        real_json(self, name, value)
+
+    monkeypatch.setattr(storage.FolderStorage, "write_json", write_json)
+    run(path, tmp_path / "s", byte_level, unit_bytes=4096)
+    assert len(synced) > 8
+    assert synced[-1] == "finished"
+
+
+@pytest.mark.parametrize("left", [b"", b"{", b"{}"])
+def test_a_record_that_did_not_reach_the_disk_costs_its_unit(tmp_path, byte_level, left):
+    """What a machine may leave that went down in the middle of a run."""
+    path = write_jsonl(tmp_path / "a.jsonl", texts(100))
+    run(path, tmp_path / "s", byte_level, unit_bytes=2048)
+    expected = digest(tmp_path / "s")
+    (tmp_path / "s" / "store.json").unlink()
+    (tmp_path / "s" / "units" / "00001.json").write_bytes(left)
+    run(path, tmp_path / "s", byte_level, unit_bytes=2048, resume=True)
+    assert digest(tmp_path / "s") == expected

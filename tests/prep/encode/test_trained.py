@@ -92,9 +92,11 @@ def test_all_trains_prompts_too_and_segments_as_they_say(byte_level):
 
 
 def test_no_end_of_turn_of_texts_where_none_is_wanted(byte_level):
-    records = [{"text": "a"}, {"prompt": "a", "completion": "b"}]
     for end, is_target in (("turn", True), ("none", False)):
-        assert [reader(byte_level, end_of_turn=end).read(r).eos_is_target for r in records] == 2 * [is_target]
+        read = reader(byte_level, end_of_turn=end).read
+        assert read({"prompt": "a", "completion": "b"}).eos_is_target == is_target
+        # A bare text is one with all its targets.
+        assert read({"text": "a"}) == "a" if is_target else not read({"text": "a"}).eos_is_target
 
 
 def test_an_empty_answer_in_a_generation_block_is_trained_unless_a_flag_says_no(byte_level):

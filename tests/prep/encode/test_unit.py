@@ -145,3 +145,14 @@ def test_a_difference_in_one_unit_says_nothing_of_the_next(tmp_path, byte_level,
     units = len(json.loads((tmp_path / "store" / "store.json").read_text())["units"])
     assert units > 3
     assert store.ledger.total()["notes"]["direct_rendering_differed_units"] == units
+
+
+def test_texts_are_the_same_documents_alone_and_beside_other_records(tmp_path, byte_level):
+    records = [*texts(300), {"text": "a<|im_end|>b"}]
+    others = [{"prompt": "2+2=", "completion": "4"}, *chats(2), {"input_ids": [1, 2, 3]}]
+    alone = documents(run(write_jsonl(tmp_path / "a.jsonl", records[:300]), tmp_path / "a", byte_level))
+    beside = documents(run(write_jsonl(tmp_path / "b.jsonl", [*records, *others]), tmp_path / "b", byte_level))
+    assert alone == beside[:300]
+    assert all(mask == [0] + [1] * (len(ids) - 1) for ids, mask in alone)
+    pair = documents(run(write_jsonl(tmp_path / "c.jsonl", records[-2:]), tmp_path / "c", byte_level))
+    assert pair == beside[299:301]
