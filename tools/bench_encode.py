@@ -9,7 +9,8 @@ records parsed and written as Arrow without any tokenizer. Rates are of text, me
 between all contenders. The slow ones, `datasets.map` and engine hf, run `--slow-rounds` on the first
 `--slow-megabytes` of the same records. Every contender's start (processes, imports, tokenizer) counts, but for
 `datasets.map`: what it takes on two records is taken from its time, or its rate would suffer from the smaller file.
-Compare ratios, never rates of another day. The JSON holds one entry for every tokenizer that was measured.
+Compare ratios, never rates of another day. The JSON holds one entry for every tokenizer and size of input that was
+measured: the start is a constant, so the share of the floor grows with the input.
 """
 
 import argparse
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--slow-rounds", type=int, default=1)
     parser.add_argument("--chats", type=Path)
     parser.add_argument("--texts", type=Path)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     report = {"rounds": arguments.rounds, "slow_rounds": arguments.slow_rounds, "processes": PROCESSES}
@@ -257,22 +259,30 @@ def main() -> None:
                 "times_datasets_map": {name: rate / rates["datasets.map"] for name, rate in rates.items()},
                 "share_of_floor": {name: rate / rates["floor"] for name, rate in rates.items()},
             }
-        large, document = work / "large.jsonl", work / "document.jsonl"
-        write_large(large, document, texts)
-        inputs = {"chats": chats, "chats x 4": work / "four.jsonl", "records of 16 MB": large}
-        inputs["one document of 300,000 tokens"] = document
-        inputs["chats x 4"].write_bytes(chats.read_bytes() * 4)
-        report["peak_pss_mb"] = {}
-        for name, path in inputs.items():
-            for engine in ("auto", "hf") if path in (large, document) else ("auto",):
-                peak = peak_memory(path, arguments.tokenizer, work / "peak", engine)
-                shutil.rmtree(work / "peak")
-                print(f"peak of summed PSS, {PROCESSES} workers, {name}, engine {engine}: {peak:.0f} MB", flush=True)
-                report["peak_pss_mb"][f"{name}, {engine}"] = peak
+        size = f"{round(texts.stat().st_size / 1e6)} MB"
+        if not arguments.no_memory:
+            report["peak_pss_mb"] = measure_memory(chats, texts, arguments.tokenizer, work)
     if arguments.json:
         known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        known[Path(arguments.tokenizer).name] = report
+        known.setdefault(Path(arguments.tokenizer).name, {})[size] = report
         arguments.json.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+
+
+def measure_memory(chats: Path, texts: Path, tokenizer: str, work: Path) -> dict[str, float]:
+    """{what, engine: `peak_memory`} of the chats, of four times as many, and of large records."""
+    large, document = work / "large.jsonl", work / "document.jsonl"
+    write_large(large, document, texts)
+    inputs = {"chats": chats, "chats x 4": work / "four.jsonl", "records of 16 MB": large}
+    inputs["one document of 300,000 tokens"] = document
+    inputs["chats x 4"].write_bytes(chats.read_bytes() * 4)
+    peaks = {}
+    for name, path in inputs.items():
+        for engine in ("auto", "hf") if path in (large, document) else ("auto",):
+            peak = peak_memory(path, tokenizer, work / "peak", engine)
+            shutil.rmtree(work / "peak")
+            print(f"peak of summed PSS, {PROCESSES} workers, {name}, engine {engine}: {peak:.0f} MB", flush=True)
+            peaks[f"{name}, {engine}"] = peak
+    return peaks
 
 
 def _ours(path: Path, tokenizer: str, engine: str, out: Path) -> None:
