@@ -118,6 +118,13 @@ COMBINATIONS = (
         "expert parallelism, attention and blocks without experts compiled", {"ep": 2, "compile": True}, COMPILED
     ),
     Combination(
+        "expert parallelism, compiled attention, costly results kept",
+        {"ep": 2, "compile": True, "recompute": "selective"},
+        "--compile with --recompute selective in a mixture of experts: torch counts the operators of a block that it "
+        "keeps results of, and the first call of a compiled part inside it adds some; take --recompute full or none",
+        lambda c: c.layout.ep > 1 and c.model.compile and c.model.recompute == "selective",
+    ),
+    Combination(
         "expert and tensor parallelism, whole sequences", {"ep": 2, "tp": 2, "sp": False}, "tests/dist/test_ep.py"
     ),
     Combination("pipeline × expert parallelism", {"ep": 2, "pp": 2}, "tests/dist/test_ep.py"),

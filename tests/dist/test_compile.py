@@ -18,6 +18,7 @@ from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.parallel.apply import parallelize
+from train.parallel.compiling import apply_compile
 
 FSDP, HSDP, TENSOR = Layout(), Layout(dp_replicate=2), Layout(tp=2)
 GATHER, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
@@ -85,7 +86,6 @@ def test_compiled_equals_the_documents_one_at_a_time(places, layout, recompute):
     ("layout", "recompute"),
     [
         (Layout(ep=2), "none"),
-        pytest.param(Layout(ep=2), "selective", marks=pytest.mark.slow),
         pytest.param(Layout(ep=2, tp=2), "full", marks=pytest.mark.slow),
         pytest.param(Layout(cp=2), "none", marks=pytest.mark.slow),
         pytest.param(Layout(pp=2), "none", marks=pytest.mark.slow),
@@ -143,3 +143,11 @@ def graphs_of_lengths(folder, recompute):
 
 def test_a_graph_for_each_length_and_not_for_each_row(tiny_llama_dir):
     assert run_ranks(graphs_of_lengths, 1, tiny_llama_dir, "none") == [[1, 1, 2]]
+
+
+def test_a_mixture_is_refused_under_selective_recompute(tmp_path):
+    folder = write_tiny_model(tmp_path / "model", "qwen2_moe", vocab_size=320)
+    with torch.device("meta"):
+        model = Decoder(hf.read_config(folder))
+    with pytest.raises(ValueError, match="take --recompute full or none"):
+        apply_compile(model, None, Config(model=Model(compile=True, recompute="selective")))

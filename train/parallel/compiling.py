@@ -24,7 +24,13 @@ def apply_compile(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
 
     Of a block with a mixture of experts only the attention is compiled: how many rows an expert has follows from the
     data and is read by the host, and the counting of loads happens in a backward. Experts are matrix products anyway.
+
+    Raises: ValueError for a mixture of experts under selective recompute: the table knows it by --ep alone.
     """
+    if config.model.recompute == "selective" and any(layer.experts for layer in model.config.layers):
+        raise ValueError(
+            "--compile with --recompute selective does not run in a mixture of experts; take --recompute full or none"
+        )
     kinds = len(set(model.config.layers))
     graphs = 2 * kinds * LENGTHS  # training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
