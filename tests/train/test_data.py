@@ -15,6 +15,7 @@ from make_shards import make_shards, random_packs
 from prep.cli import main as prep
 from train.cut import Cut
 from train.data import PackedLoader, Schedule, open_shards
+from train.fill import BLOCK
 from train.row import TAIL_SEGMENT, Run
 
 CPU = torch.device("cpu")
@@ -89,6 +90,26 @@ def test_rows_equal_the_documents_one_token_at_a_time(shards, dp_rank, dp_size):
         positions = mine.size * dp_size * 400
         assert facts.padding_fraction == pytest.approx(1 - facts.tokens / positions)
     assert len(shapes) == 1, "shapes must never change"
+    loader.close()
+
+
+@pytest.mark.parametrize("cut", [Cut(), Cut(3, 0), Cut(3, 1), Cut(3, 2)], ids=["whole", "first", "second", "third"])
+def test_rows_longer_than_a_block_of_the_copy(tmp_path, cut):
+    """Ids and labels are copied block by block: a label looks over the end of a block, and of a rank's part."""
+    rows = random_packs(np.random.default_rng(2), 3, 5 * BLOCK + 40, 1, 50_000, max_docs=6)
+    dataset = open_shards(make_shards(tmp_path / "s", rows, capacity=5 * BLOCK + 40, order="input", pad_id=7))
+    ids, labels, positions = [], [], []
+    for number in range(3):
+        of_pack = expected_row(dataset, [number])
+        ids, labels, positions = ids + of_pack[0], labels + of_pack[1], positions + of_pack[2]
+    loader = PackedLoader(dataset, Schedule(3, "input", 0, 0, 3, 3), dp_rank=0, dp_size=1, device=CPU, cut=cut)
+    loader.next_step()
+    (row,) = loader.rows()
+    mine = slice(cut.rank * len(ids) // cut.size, (cut.rank + 1) * len(ids) // cut.size)
+    assert row.input_ids.tolist() == ids[mine]
+    assert row.labels.tolist() == labels[mine]
+    real = torch.tensor(ids[mine]) != 7  # padding is cut otherwise for three ranks
+    assert torch.equal(row.position_ids[real], torch.tensor(positions[mine], dtype=torch.int32)[real])
     loader.close()
 
 

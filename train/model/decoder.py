@@ -169,9 +169,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits [T, V] without labels; with labels the *sum* of the cross-entropy over targets, a scalar.
 
-        `input_ids_T` and `position_ids_T` (restarting in every segment) are int32 or int64; `labels_T` is int64,
-        already shifted: `labels_T[t]` is the token to predict from token t, −100 where there is none. The loss is
-        float32, float64 in a float64 model.
+        `input_ids_T`, `position_ids_T` (restarting in every segment) and `labels_T` are int32 or int64, labels already
+        shifted: `labels_T[t]` is the token to predict from token t, −100 where there is none. The loss is float32,
+        float64 in a float64 model.
         """
         if self.config.moe is not None:
             segments = replace(segments, token_packs=token_packs(segments, position_ids_T))
