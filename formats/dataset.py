@@ -149,7 +149,9 @@ class PackedDataset:
                 raise ValueError(
                     f"{self.folder / INDEX_NAME}: names shard {number} of {len(self._shard_names)}; pack again"
                 )
-            shard = self._shards[number] = Shard(self.folder / self._shard_names[number], self.manifest.kind)
+            # Threads may come at once: the first one opened stays, for views and places last as long as their shard.
+            shard = Shard(self.folder / self._shard_names[number], self.manifest.kind)
+            shard = self._shards.setdefault(number, shard)
         return shard
 
     def __getitem__(self, index: int) -> ThdPack | SeqIdPack:

@@ -325,11 +325,13 @@ class Shard:
         offset is checked.
         """
         b, i = self._find(index)
-        if b not in self._tables:
+        table = self._tables.get(b)
+        if table is None:
             columns = [(c.values.ctypes.data, len(c.values), c.offsets.ctypes.data) for c in self._batches[b]]
-            table = np.array(columns, np.int64)
-            self._tables[b] = table.ctypes.data, table
-        return self._tables[b][0], i
+            made = np.array(columns, np.int64)
+            # Threads may come at once: the first table stays, the address of another would soon mean nothing.
+            table = self._tables.setdefault(b, (made.ctypes.data, made))
+        return table[0], i
 
     def _find(self, index: int) -> tuple[int, int]:
         """(record batch, row in it)."""

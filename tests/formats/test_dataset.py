@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -50,6 +51,24 @@ def test_views_are_zero_copy_and_read_only(folder):
         assert not array.flags.owndata
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
+
+
+def test_threads_that_come_at_once_get_the_same_places(folder, rows):
+    """A place is an address: it must not be that of a table, or of a map, that another thread's has replaced."""
+    for _ in range(20):
+        dataset, found = PackedDataset(folder), []
+        start = threading.Barrier(4)
+
+        def look(dataset=dataset, found=found, start=start):
+            start.wait()
+            found.append([dataset.place(i) for i in reversed(range(len(dataset)))])
+
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [[dataset.place(i) for i in reversed(range(len(dataset)))]] * 4
 
 
 def test_opening_and_reading_loads_no_pandas(folder):
