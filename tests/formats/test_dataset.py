@@ -53,7 +53,16 @@ def test_views_are_zero_copy_and_read_only(folder):
             array[0] = 1
 
 
-def test_threads_that_come_at_once_get_the_same_places(folder, rows):
+@pytest.fixture
+def quick_switches():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_that_come_at_once_get_the_same_places(folder, quick_switches):
     """A place is an address: it must not be that of a table, or of a map, that another thread's has replaced."""
     for _ in range(20):
         dataset, found = PackedDataset(folder), []
