@@ -6,7 +6,8 @@
 CPU: real chats of the demo are packed, one pack a process and step, and converted by `prep convert --to hf`; both
 trainers take the same packs, precision (float32), optimizer and threads, neither recomputes. Checked in the same run:
 both losses are those of the documents one at a time, and not that of documents which see each other. A rate is of
-target tokens over the median step. Compare ratios, never rates of another day.
+target tokens over the median step. Compare ratios, never rates of another day. The JSON holds one entry for every
+case that was measured.
 
 GPU: packs of random ids with chat-like lengths and random weights of the shapes, in bfloat16; tokens/s, MFU from the
 real lengths, peak memory. A graph is compiled for every power of two up to which a row's longest document reaches, so
@@ -236,10 +237,11 @@ def main() -> None:
     cuda = torch.cuda.get_device_name() if options.device == "cuda" else None
     result |= {"device": cuda or f"{os.cpu_count()} cores, {platform.machine()}", "torch": torch.__version__}
     result["command"] = " ".join(["python", "tools/bench_train.py", *sys.argv[1:]])
-    text = json.dumps(result, indent=2, sort_keys=True)
-    print(text)
+    print(json.dumps(result, indent=2, sort_keys=True))
     if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
+        known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+        known[f"{options.shapes or 'against TRL'}, {options.capacity} x {options.processes}"] = result
+        options.json.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

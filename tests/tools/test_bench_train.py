@@ -19,7 +19,7 @@ def test_random_weights_of_given_shapes_are_measured(tmp_path):
         *("--shapes", "tiny", "--capacity", 512, "--steps", 5, "--flags", flags, "--json", tmp_path / "result.json")
     )
     assert ran.returncode == 0, ran.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
+    (result,) = json.loads((tmp_path / "result.json").read_text()).values()
     assert len(result["losses"]) == 3, "the first two steps are not measured"
     assert result["tokens_per_second_per_device"] > 0
     assert result["flops_per_second_per_device"] > result["tokens_per_second_per_device"]
