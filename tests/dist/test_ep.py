@@ -177,16 +177,18 @@ def test_without_auxiliary_losses_they_are_those_of_the_documents(places, tmp_pa
 
 
 @pytest.mark.slow
-def test_routing_in_bfloat16_is_that_of_one_rank(places):
-    """Data and expert ranks compute each token as one rank does, and route it so. Tensor ranks sum what attention gave
-    in bfloat16 in another order; a few tokens whose scores nearly tie then choose otherwise in the layers after."""
+def test_routing_in_bfloat16_is_nearly_that_of_one_rank(places):
+    """Expert ranks compute each token alike. One rank sums a token's experts in their order, expert ranks in that of
+    its choices, tensor ranks add what attention gave in another order: all round to bfloat16 a little differently, and
+    a few tokens whose scores nearly tie then choose otherwise in the layers after, not in the first."""
     loads = {}
     for world, layout in ((1, Layout()), (2, Layout(ep=2)), (4, Layout(ep=4)), (2, Layout(ep=2, tp=2))):
         config = Config(data=Data(batch_packs=6), model=Model(dtype="bfloat16"), layout=layout)
         loads[layout.ep, layout.tp] = run_ranks(routed, world, places["deepseek_v3"], places["packed for 2"], config)[0]
     alone = loads[1, 1]
-    assert torch.equal(loads[2, 1], alone)
-    assert torch.equal(loads[4, 1], alone)
+    assert torch.equal(loads[4, 1], loads[2, 1])
+    assert torch.equal(loads[2, 1][0], alone[0])
+    assert (loads[2, 1] - alone).abs().sum() / alone.sum() < 0.002
     assert (loads[2, 2] - alone).abs().sum() / alone.sum() < 0.02
 
 

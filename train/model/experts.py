@@ -130,10 +130,10 @@ def _one_by_one(
         x = x_TD.index_select(0, tokens)
         _linear(x, gate_EFD, gate_bias_EF, e, out=gate)
         _linear(x, up_EFD, up_bias_EF, e, out=up)
-        out = _linear(gating(gate, up), down_EDF, down_bias_ED, e, out=x)
+        out = _linear(gating(gate, up), down_EDF, down_bias_ED, e, out=x).to(out_TD.dtype)
         if weights_R is not None:
-            out.mul_(weights_R[rows, None])
-        out_TD.index_add_(0, tokens, out.to(out_TD.dtype))
+            out.mul_(weights_R[rows, None])  # not rounded before the sum, as in `Rows.sum`
+        out_TD.index_add_(0, tokens, out)
     return out_TD.to(x_TD.dtype), gate_RF, up_RF
 
 
