@@ -112,9 +112,8 @@ def test_small_units_are_compared_too(tmp_path, byte_level, monkeypatch):
     assert mended.ledger.total()["notes"]["engine_differed_units"] == 6
 
 
-def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tmp_path, byte_level, monkeypatch):
-    path = write_jsonl(tmp_path / "a.jsonl", chats(300))
-    expected = run(path, tmp_path / "right", byte_level)
+def render_wrongly(monkeypatch):
+    """Direct rendering adds a character to every chat."""
     real = DirectRenderer.render
 
     def wrong(self, messages):
@@ -124,6 +123,12 @@ def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tm
         return rendering
 
     monkeypatch.setattr(DirectRenderer, "render", wrong)
+
+
+def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tmp_path, byte_level, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", chats(300))
+    expected = run(path, tmp_path / "right", byte_level)
+    render_wrongly(monkeypatch)
     store = run(path, tmp_path / "wrong", byte_level)
     assert documents(store) == documents(expected)
     assert store.ledger.total()["notes"]["direct_rendering_differed_units"] == 1
@@ -132,15 +137,7 @@ def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tm
 def test_a_difference_in_one_unit_says_nothing_of_the_next(tmp_path, byte_level, monkeypatch):
     """Else the notes would depend on which process ran which unit, and on crashes."""
     path = write_jsonl(tmp_path / "a.jsonl", chats(200))
-    real = DirectRenderer.render
-
-    def wrong(self, messages):
-        rendering = real(self, messages)
-        if rendering is not None:
-            rendering.text += "!"
-        return rendering
-
-    monkeypatch.setattr(DirectRenderer, "render", wrong)
+    render_wrongly(monkeypatch)
     store = run(path, tmp_path / "store", byte_level, unit_bytes=10_000)
     units = len(json.loads((tmp_path / "store" / "store.json").read_text())["units"])
     assert units > 3
