@@ -102,7 +102,9 @@ def read_manifest(folder: Path) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of packed shards; make one with prep pack")
+        raise ValueError(
+            f"{folder}: no such folder of packed shards; restore it from a copy, or make it with prep pack"
+        )
     if not path.is_file():
         inner = [name for name in ("train", "eval") if (folder / name / MANIFEST_NAME).is_file()]
         if inner:
@@ -114,7 +116,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder}: a document store and no packed shards; make some: prep pack {folder} --out DIR --seq-len N"
             )
         raise ValueError(
-            f"{folder}: no {MANIFEST_NAME}, so these shards are unfinished; finish them with prep pack --resume"
+            f"{folder}: no {MANIFEST_NAME}, so these shards are unfinished; finish them with prep pack --resume, "
+            "or, where it was lost, write it anew with prep verify --rebuild"
         )
     try:
         value = json.loads(path.read_bytes())

@@ -9,7 +9,7 @@ EXIT_CODE = 3
 """Of `prep pack` when everything was written but a gate is not met."""
 
 _COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq}
-_PATTERN = re.compile(r"\s*([a-z_]+)\s*(<=|>=|==|<|>)\s*([0-9.]+(?:e-?[0-9]+)?)\s*(%?)\s*")
+_PATTERN = re.compile(r"\s*([a-z_]+)\s*(<=|>=|==|<|>)\s*((?:\d+\.?\d*|\.\d+)(?:e-?[0-9]+)?)\s*(%?)\s*")
 
 
 def _share(book: str, unit: str) -> Callable[[Mapping], float]:

@@ -38,10 +38,14 @@ def convert(folder, to, out, workers, quiet) -> None:
     prep convert packed --to hf --out packed-hf
     prep convert packed-seqid --to thd --out packed-thd
     """
+    from formats.manifest import read_manifest
     from prep.convert.run import convert as run
     from prep.inspect.facts import packed_folders
 
-    for part in packed_folders(folder):
+    parts = packed_folders(folder)
+    for part in parts:
+        read_manifest(part)  # before anything is written: all of them or none
+    for part in parts:
         target = out if part == folder else out / part.name
         packs = run(part, target, to, workers)
         if not quiet:

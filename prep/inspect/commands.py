@@ -99,7 +99,7 @@ def lint(inputs, tokenizer, workers, as_json, quiet) -> None:
 @click.argument("folder", type=FOLDER)
 @click.option("--pack", "number", type=int, help="Show this pack (default: the first).")
 @click.option("--doc", type=int, help="Show the pack or packs that hold this document (row of the store).")
-@click.option("--random", "count", type=int, help="Show so many packs, drawn by --seed.")
+@click.option("--random", "count", type=click.IntRange(min=1), help="Show so many packs, drawn by --seed.")
 @click.option("--seed", default=0, show_default=True, help="Which packs --random draws.")
 @click.option("--tokenizer", type=FOLDER, help="Folder with tokenizer.json, to show text; without it ids are shown.")
 @click.option("--ids", "show_ids", is_flag=True, help="Show ids even with a tokenizer.")

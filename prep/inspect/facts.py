@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from formats.dataset import PackedDataset, PackIndex
-from formats.manifest import MANIFEST_NAME, Manifest, is_compressed
+from formats.manifest import MANIFEST_NAME, Manifest, is_compressed, read_manifest
 from formats.order import permutation
 from formats.schema import ALIGNMENTS
 from prep.inspect.documents import Slots, read_slots
@@ -17,14 +17,26 @@ WHATIF_CP = (1, 2, 4, 8)
 WHATIF_DOCUMENTS = 1_000_000
 """Documents that the what-if table of a report plans at most (every k-th one of larger sets)."""
 FILL_BINS = 50
+SPLITS = ("train", "eval")
 SAMPLE_PACKS = 12
 
 
 def packed_folders(folder: Path) -> list[Path]:
-    """The packed folders that `folder` stands for: itself, or its `train` and `eval`."""
+    """The packed folders that `folder` stands for: itself, or its `train` and `eval`. A part that lost its manifest,
+    or is gone beside the other, is named all the same: whoever opens it says what is wrong."""
     folder = Path(folder)
-    splits = [folder / name for name in ("train", "eval") if (folder / name / MANIFEST_NAME).is_file()]
-    return splits if splits and not (folder / MANIFEST_NAME).is_file() else [folder]
+    parts = [folder / name for name in SPLITS]
+    there = [part for part in parts if part.is_dir()]
+    if (folder / MANIFEST_NAME).is_file() or not there:
+        return [folder]
+    return parts if any(_split(part) in SPLITS for part in there) else there
+
+
+def _split(folder: Path) -> str | None:
+    try:
+        return read_manifest(folder).split
+    except ValueError:
+        return None
 
 
 def facts(dataset: PackedDataset) -> dict:

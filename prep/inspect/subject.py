@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from formats.dataset import PackedDataset
+from formats.dataset import INDEX_NAME, PackedDataset
 from formats.manifest import MANIFEST_NAME
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
@@ -39,10 +39,11 @@ def open_store(inputs: Sequence[str], tokenizer: str | None, workers: int = 1) -
 
 
 def is_packed(inputs: Sequence[str]) -> bool:
-    """Whether `inputs` is one packed folder (or its train and eval)."""
+    """Whether `inputs` is one packed folder (or its train and eval), whole or not."""
     if len(inputs) != 1 or not Path(inputs[0]).is_dir():
         return False
-    return any((part / MANIFEST_NAME).is_file() for part in packed_folders(Path(inputs[0])))
+    names = (MANIFEST_NAME, INDEX_NAME)
+    return any((part / name).is_file() for part in packed_folders(Path(inputs[0])) for name in names)
 
 
 def lint_inputs(inputs: Sequence[str], tokenizer: str | None, workers: int = 1) -> dict[str, dict]:

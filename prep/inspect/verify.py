@@ -1,5 +1,6 @@
 """Is a packed folder what was written? Everything that is wrong is found and named; nothing is changed."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 from formats.dataset import INDEX_NAME, read_index
 from formats.manifest import MANIFEST_NAME, Manifest, fingerprint, read_manifest
 from formats.schema import FORMAT_VERSION
-from formats.shard import TEMPORARY_SUFFIX, Shard, file_digest, read_json
+from formats.shard import TEMPORARY_SUFFIX, Shard, file_digest, json_bytes, read_json
 from prep.inspect.deep import check_packs
+from prep.inspect.facts import SPLITS
 from prep.ledger import LEDGER_NAME, Ledger
 
 
@@ -31,7 +33,7 @@ def verify(folder: Path, *, deep: bool = False, workers: int = 1) -> Verdict:
         manifest = read_manifest(folder)
     except ValueError as error:
         return Verdict([str(error)], [])
-    problems = _files(folder, manifest) + _strangers(folder, manifest)
+    problems = _manifest(folder, manifest) + _files(folder, manifest) + _strangers(folder, manifest)
     checked = [f"format version {FORMAT_VERSION}", f"checksums of {len(manifest.files)} files"]
     if problems:  # what is damaged cannot be read further
         return Verdict(problems, checked)
@@ -44,6 +46,18 @@ def verify(folder: Path, *, deep: bool = False, workers: int = 1) -> Verdict:
     if deep:
         checked.append(f"every row of {manifest.totals['packs']} packs")
     return Verdict(problems, checked)
+
+
+def _manifest(folder: Path, manifest: Manifest) -> list[str]:
+    """What the manifest's own hash does not see: its white space, and the name of the folder that it lies in."""
+    path, problems = folder / MANIFEST_NAME, []
+    data = path.read_bytes()
+    if data != json_bytes(json.loads(data)):
+        problems.append(f"{path}: was edited or damaged (its layout changed); restore it from a copy or pack again")
+    name = folder.resolve().name
+    if {name, manifest.split} == set(SPLITS):
+        problems.append(f"{folder}: holds the packs of {manifest.split}; give the folder that name back")
+    return problems
 
 
 def _files(folder: Path, manifest: Manifest) -> list[str]:

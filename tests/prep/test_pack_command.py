@@ -80,6 +80,9 @@ def test_a_gate_that_is_not_met_exits_with_3_after_everything_is_written(source,
         "with a metric of fill, dropped"
         in run("pack", source, "--out", tmp_path / "no", *arguments, "--gate", "x>1").output
     )
+    for number in ("1.2.3", ".", "1e", "0.9.%"):
+        result = run("pack", source, "--out", tmp_path / "no", *arguments, "--gate", f"fill>={number}")
+        assert f"--gate 'fill>={number}': write METRIC<=NUMBER" in result.output
     assert not (tmp_path / "no").exists()
 
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from byte_tokenizer import write_byte_tokenizer
 from formats.dataset import PackedDataset
 from formats.manifest import _own_hash, read_manifest
+from formats.shard import json_bytes
 from prep.cli import main
 from prep.inspect.deep import check_packs
 from prep.inspect.verify import verify
@@ -128,7 +129,13 @@ def forge(folder, change):
     value = json.loads(path.read_text())
     change(value)
     value.pop("hash")
-    path.write_text(json.dumps({**value, "hash": _own_hash(value)}))
+    path.write_bytes(json_bytes({**value, "hash": _own_hash(value)}))
+
+
+def damage_manifest_without_its_last_byte(folder):
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    return "manifest.json: was edited or damaged"
 
 
 def damage_path_outside(folder):
@@ -352,3 +359,55 @@ def test_nothing_is_rebuilt_from_half_of_the_shards(copy):
     assert result.exit_code == 1
     assert "restore the others" in result.output
     assert not (copy / "manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def two_parts(tmp_path_factory):
+    """A folder of train and eval."""
+    root = tmp_path_factory.mktemp("parts")
+    write_byte_tokenizer(root)
+    (root / "texts.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(60)))
+    arguments = ["--tokenizer", root, "--seq-len", 64, "--workers", 1, "--eval-fraction", 0.3, "--quiet", "--no-page"]
+    result = run("pack", root / "texts.jsonl", "--out", root / "out", *arguments)
+    assert result.exit_code == 0, result.output
+    return root / "out"
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_a_part_without_a_manifest_is_named_and_rebuilt(two_parts, tmp_path, part):
+    out = Path(shutil.copytree(two_parts, tmp_path / "out"))
+    lost = (out / part / "manifest.json").read_bytes()
+    (out / part / "manifest.json").unlink()
+    for command in (["verify"], ["report"], ["lint"], ["plan", "--seq-len", 64]):
+        result = run(command[0], out, *command[1:])
+        # A plan is of the training set alone.
+        assert (result.exit_code, f"{out / part}: no manifest.json" in result.output) == (
+            (0, False) if (command[0], part) == ("plan", "eval") else (1, True)
+        ), result.output
+    assert run("convert", out, "--to", "seqid", "--out", tmp_path / "converted").exit_code == 1
+    assert not (tmp_path / "converted").exists()
+    assert run("verify", out, "--rebuild").exit_code == 0
+    assert json.loads(lost)["fingerprint"] == read_manifest(out / part).fingerprint
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_a_part_that_is_gone_is_named(two_parts, tmp_path, part):
+    out = Path(shutil.copytree(two_parts, tmp_path / "out"))
+    shutil.rmtree(out / part)
+    result = run("verify", out)
+    assert result.exit_code == 1
+    assert f"{out / part}: no such folder of packed shards" in result.output
+    other = out / {"train": "eval", "eval": "train"}[part]
+    assert f"{other}: sound" in result.output
+    assert run("verify", other).exit_code == 0
+
+
+def test_parts_that_were_swapped_are_named(two_parts, tmp_path):
+    out = Path(shutil.copytree(two_parts, tmp_path / "out"))
+    (out / "train").rename(out / "held")
+    (out / "eval").rename(out / "train")
+    (out / "held").rename(out / "eval")
+    result = run("verify", out)
+    assert result.exit_code == 1
+    assert f"{out / 'train'}: holds the packs of eval" in result.output
+    assert f"{out / 'eval'}: holds the packs of train" in result.output

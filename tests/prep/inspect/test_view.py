@@ -55,6 +55,8 @@ def test_text_ids_and_choice(packed):
     two = run("view", packed / "out", "--random", 2, "--seed", 1).output
     assert two.count("targets\n") >= 2 or two.count(" of ") >= 2
     assert run("view", packed / "out", "--random", 2, "--seed", 1).output == two
+    for count in (0, -1):
+        assert "not in the range x>=1" in run("view", packed / "out", "--random", count).output
 
 
 def test_page_escapes_and_is_deterministic(packed, tmp_path):
