@@ -147,6 +147,15 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[_HashingFile]:
         sync_folder(path.parent)
 
 
+@contextmanager
+def hash_only() -> Iterator[_HashingFile]:
+    """A file as `atomic_write` gives it, whose bytes are hashed and counted and go nowhere."""
+    with open(os.devnull, "wb", buffering=0) as raw:
+        file = _HashingFile(raw)
+        yield file
+        file.flush()
+
+
 def sync_file(path: Path) -> None:
     """Make the bytes of a file durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -210,18 +219,28 @@ class ShardWriter:
         kind: `thd` or `seqid`.
         essentials: what the shard repeats of its manifest, JSON-compatible; `format_version` and `kind` are added.
         compression: None, or `zstd` for shipping: such a shard is decompressed when read instead of mapped.
+        dry: write nothing; `entry` says what would lie at `path`.
     """
 
-    def __init__(self, path: Path, kind: str, essentials: Mapping[str, object], compression: str | None = None):
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        essentials: Mapping[str, object],
+        compression: str | None = None,
+        *,
+        dry: bool = False,
+    ):
         self.path = Path(path)
         self.kind = kind
         head = {**essentials, "format_version": FORMAT_VERSION, "kind": kind}
         self.schema = SCHEMAS[kind].with_metadata({METADATA_KEY: json.dumps(head, sort_keys=True).encode()})
         self.entry: FileEntry | None = None
         self._options = pa.ipc.IpcWriteOptions(compression=compression)
+        self._dry = dry
 
     def __enter__(self):
-        self._atomic = atomic_write(self.path)
+        self._atomic = hash_only() if self._dry else atomic_write(self.path)
         self._file = self._atomic.__enter__()
         self._sink = pa.PythonFile(self._file, mode="w")
         self._writer = pa.ipc.new_file(self._sink, self.schema, options=self._options)
@@ -260,6 +279,15 @@ def _list_array(column: ListColumn, arrow_type: pa.ListType) -> pa.ListArray:
     )
     buffers = [None, pa.py_buffer(np.ascontiguousarray(column.offsets, np.int32))]
     return pa.Array.from_buffers(arrow_type, len(column.offsets) - 1, buffers, children=[values])
+
+
+def read_essentials(path: Path) -> dict | None:
+    """What a shard repeats of its manifest, of whatever kind it is; None when the file is damaged or no shard."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return json.loads((pa.ipc.open_file(file).schema.metadata or {})[METADATA_KEY])
+    except (pa.ArrowException, OSError, ValueError, KeyError):
+        return None
 
 
 class Shard:

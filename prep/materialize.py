@@ -14,7 +14,7 @@ import numpy as np
 
 from formats.layout import align_up
 from formats.schema import ALIGNMENTS, BATCH_PACKS
-from formats.shard import FileEntry, ListColumn, Shard, ShardWriter, file_digest, pack_digest
+from formats.shard import FileEntry, ListColumn, ShardWriter, file_digest, read_essentials
 from prep.encode.store import DocumentStore
 from prep.engine.local import run_units
 from prep.plan import Plan
@@ -49,10 +49,12 @@ class ShardJob:
 
 
 class ShardResult(NamedTuple):
-    """A written shard: its entry in the manifest, and its packs' columns of `packs.arrow` (all but `shard`)."""
+    """A written shard: its entry in the manifest, and its packs' columns of `packs.arrow` (all but `shard`). `mended`:
+    an interrupted run had left other bytes there."""
 
     entry: FileEntry
     columns: dict[str, np.ndarray]
+    mended: bool = False
 
 
 def materialize(
@@ -68,8 +70,9 @@ def materialize(
 ) -> tuple[list[FileEntry], dict[str, np.ndarray]]:
     """Write the shards of `plan` under `out/shards`; returns their entries and the columns of `packs.arrow`.
 
-    A shard that is already there is kept if it says that it was made from the same plan and store (its `essentials`,
-    which hold a hash of both), and is a ValueError otherwise. `on_done(job, result)` is called after every shard.
+    A shard that is already there is a ValueError if it says that it was made from another plan or store (its
+    `essentials` hold a hash of both); else it is kept where it is proven, see `write_shard`. `on_done(job, result)` is
+    called after every shard.
     """
     folder = out / "shards"
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,9 +105,11 @@ def refuse_others(folder: Path, jobs: list[ShardJob]) -> None:
     """ValueError when a shard lies in `folder` that is not one of `jobs`, or was made from something else."""
     wanted = {job.path.name: job for job in jobs}
     for path in sorted(folder.glob("*.arrow")):
-        job = wanted.get(path.name)
-        found = Shard(path, job.layout.kind).essentials if job else {}
-        differing = [k for k in (job.essentials if job else {}) if found.get(k) != job.essentials[k]]
+        job, found = wanted.get(path.name), read_essentials(path)
+        if job is not None and found is None:
+            continue  # damaged: it is written anew
+        stated = {**job.essentials, "kind": job.layout.kind} if job else {}
+        differing = [k for k in stated if found.get(k) != stated[k]]
         if job is None or differing:
             what = f"other {', '.join(differing)}" if differing else "other options"
             raise ValueError(
@@ -114,14 +119,22 @@ def refuse_others(folder: Path, jobs: list[ShardJob]) -> None:
 
 
 def write_shard(job: ShardJob) -> ShardResult:
-    """Write one shard, or read back what an interrupted run already wrote."""
-    if job.path.exists():
-        return _read_back(job)
+    """Write one shard. What an interrupted run left in its place stays only if it is, byte for byte, what would be
+    written: the shard is laid out again and the hashes are compared, so that no damage is ever taken for the truth."""
+    if not job.path.exists():
+        return _write(job)
+    result = _write(job, dry=True)
+    if (job.path.stat().st_size, file_digest(job.path)) == (result.entry.bytes, result.entry.xxh3_128):
+        return result
+    return _write(job)._replace(mended=True)
+
+
+def _write(job: ShardJob, dry: bool = False) -> ShardResult:
     store, places = _open_store(job.store)
     layout, packs = job.layout, len(job.offsets) - 1
     room = _Room(layout, min(packs, BATCH_PACKS))
     digests, targets = [], []
-    with ShardWriter(job.path, layout.kind, job.essentials, layout.compression) as writer:
+    with ShardWriter(job.path, layout.kind, job.essentials, layout.compression, dry=dry) as writer:
         for first in range(0, packs, BATCH_PACKS):
             columns, counts = room.lay_out(job, first, min(first + BATCH_PACKS, packs), store, places)
             digests.append(writer.write(columns))
@@ -184,19 +197,6 @@ class _Room:
             names = ("input_ids", "attention_mask", "position_ids", "labels")
             columns |= {n: ListColumn(r[: bounds[-1]], bounds) for n, r in zip(names, self._rows, strict=True)}
         return columns, targets
-
-
-def _read_back(job: ShardJob) -> ShardResult:
-    """The result of a shard that an interrupted run completed: hashes are of what is on disk."""
-    shard = Shard(job.path, job.layout.kind)
-    rows = [shard.row(i) for i in range(len(shard))]
-    digests = np.array([pack_digest(row) for row in rows], np.uint64)
-    if job.layout.kind == "thd":
-        targets = np.array([row[1].sum(dtype=np.int32) for row in rows], np.int32)
-    else:
-        targets = np.array([np.count_nonzero(row[3] >= 0) for row in rows], np.int32)
-    entry = FileEntry(f"{job.path.parent.name}/{job.path.name}", job.path.stat().st_size, file_digest(job.path))
-    return ShardResult(entry, index_columns(job, targets, digests))
 
 
 def index_columns(job: ShardJob, target_tokens: np.ndarray, digests: np.ndarray) -> dict[str, np.ndarray]:

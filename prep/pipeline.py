@@ -216,6 +216,8 @@ def _write_part(name, rows, options, plan, store, out, output, workers, progress
 
         def report(job, result) -> None:
             nonlocal written
+            if result.mended:
+                progress.say(f"{job.path}: what the interrupted run left was damaged; written anew")
             written += len(job.offsets) - 1
             update(written, plan.num_packs)
 
