@@ -135,7 +135,7 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, weights_TK: Tensor, losses: Tensor, loads_E: Tensor, router: Router) -> Tensor:
         ctx.router = router
         ctx.save_for_backward(losses.detach(), loads_E)
-        return weights_TK.view_as(weights_TK)
+        return weights_TK.clone()  # of a view FSDP warns that its hooks may be lost
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

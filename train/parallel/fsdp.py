@@ -95,12 +95,26 @@ def _shard_mixture(mixture: MixtureOfExperts, mesh: Mesh, options: dict[str, Any
 
 
 def _prefetch(model: nn.Module, ahead: int) -> None:
-    """While a group computes, gather the weights of the `ahead` groups that come next, and the same way back.
+    """While a block computes, gather the weights of the `ahead` blocks that come next, and the same way back; a mixture
+    of experts with its block.
 
-    On its own FSDP starts the next gathering when the next block begins to run on the host, forward, and one block
-    ahead, backward: enough while the host is far ahead of the GPU.
+    On its own FSDP starts the next gathering when the next group begins to run on the host, forward, and one group
+    ahead, backward: enough while the host is far ahead of the GPU. Before its experts it never is: there it waits for
+    the routing (`train.parallel.ep`), so their weights, most of the model, would be gathered with nothing beside them.
+    Router and experts have no lists of their own: recomputed in backward, they would follow the one for forward.
     """
-    groups = [m for m in (model.embed_tokens, *model.layers.children(), model.norm) if isinstance(m, FSDPModule)]
-    for i, group in enumerate(groups):
-        group.set_modules_to_forward_prefetch(groups[i + 1 : i + 1 + ahead])
-        group.set_modules_to_backward_prefetch(groups[max(0, i - ahead) : i][::-1])
+    units = [_groups_of(unit) for unit in (model.embed_tokens, *model.layers.children(), model.norm)]
+    units = [unit for unit in units if unit]
+    for i, (first, *inner) in enumerate(units):
+        later, earlier = units[i + 1 : i + 1 + ahead], units[max(0, i - ahead) : i][::-1]
+        first.set_modules_to_forward_prefetch(inner + [group for unit in later for group in unit])
+        # Backward takes a unit's own group first, too, and then the others from the last.
+        backward = [inner[::-1], *([group, *others[::-1]] for group, *others in earlier)]
+        first.set_modules_to_backward_prefetch([group for unit in backward for group in unit])
+
+
+def _groups_of(unit: nn.Module | None) -> list[FSDPModule]:
+    """The groups that a block, or embedding or final norm, consists of, in the order of the forward pass."""
+    mixture = getattr(unit, "mlp", None)
+    parts = [mixture.router, mixture.experts] if isinstance(mixture, MixtureOfExperts) else []
+    return [part for part in (unit, *parts) if isinstance(part, FSDPModule)]

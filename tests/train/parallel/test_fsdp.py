@@ -1,6 +1,7 @@
 """What each switch of FSDP changes: which weights are gathered when, what is sent in which type, and where it rests."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ranks import run_ranks
 from train.attention.interface import Segments
 from train.config import Config, Layout, Model
 from train.mesh import build_mesh
-from train.model.config import LayerConfig, ModelConfig, Rope
+from train.model.config import LayerConfig, ModelConfig, MoeConfig, Rope
 from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.parallel import fsdp
@@ -44,6 +45,8 @@ def step(config, rows):
     where block i begins forward and is through backward; types of the hidden states and of the gradients."""
     layer = LayerConfig(window=None, rope=Rope(1e4, 8))
     shape = ModelConfig("llama", 37, 16, 24, 2, 1, 8, (layer,) * LAYERS, 64, 1e-5, 8**-0.5, tied_embeddings=False)
+    if config.layout.ep > 1:
+        shape = replace(shape, layers=(replace(layer, experts=True),) * LAYERS, moe=MoeConfig(4, 2, 8))
     mesh = build_mesh(config.layout, torch.device("cpu"))
     sent, hidden, offloads = Sent(), set(), []
 
@@ -93,12 +96,30 @@ CASES = {
 }
 
 
+MIXTURES = {
+    "default": (Config(model=Model(dtype="bfloat16"), layout=Layout(ep=2)), 1),
+    "recompute": (Config(model=Model(dtype="bfloat16", recompute="full"), layout=Layout(ep=2)), 1),
+    "no prefetch": (Config(model=Model(dtype="bfloat16"), layout=Layout(ep=2, prefetch=0)), 1),
+    "prefetch 2": (Config(model=Model(dtype="bfloat16"), layout=Layout(ep=2, prefetch=2)), 1),
+}
+
+
+def seen_by(world_size, cases):
+    """Name of a case → what rank 0 saw (the other ranks saw the same)."""
+    ranks = run_ranks(steps, world_size, list(cases.values()))
+    assert all(rank == ranks[0] for rank in ranks)
+    return dict(zip(cases, ranks[0], strict=True))
+
+
 @pytest.fixture(scope="module")
 def seen():
-    """Name of a case → what rank 0 saw (the other rank saw the same)."""
-    ranks = run_ranks(steps, 2, list(CASES.values()))
-    assert ranks[0] == ranks[1]
-    return dict(zip(CASES, ranks[0], strict=True))
+    return seen_by(2, CASES)
+
+
+@pytest.fixture(scope="module")
+def seen_of_mixtures():
+    """Experts on 2 × 2 ranks, so that their weights are both distributed and gathered."""
+    return seen_by(4, MIXTURES)
 
 
 def gathered(events, mark):
@@ -120,6 +141,22 @@ def gathered(events, mark):
 )
 def test_weights_are_gathered_ahead_and_kept_as_the_flags_say(case, forward, backward, seen):
     events = seen[case][0]
+    assert (gathered(events, "forward"), gathered(events, "backward")) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("case", "forward", "backward"),
+    [
+        # A block is three groups: its router, in float32, and its experts are gathered apart. On its own FSDP gathers
+        # these two when they are about to run, after the host has waited for the routing.
+        ("no prefetch", [2, 5, 8, 11, 14], [18, 21, 24, 27, 30]),
+        ("default", [7, 10, 13, 16, 17], [20, 23, 26, 29, 30]),
+        ("recompute", [7, 10, 13, 16, 17], [20, 23, 26, 29, 30]),
+        ("prefetch 2", [10, 13, 16, 17, 17], [23, 26, 29, 30, 30]),
+    ],
+)
+def test_a_mixture_is_gathered_ahead_with_its_block(case, forward, backward, seen_of_mixtures):
+    events = seen_of_mixtures[case][0]
     assert (gathered(events, "forward"), gathered(events, "backward")) == (forward, backward)
 
 
