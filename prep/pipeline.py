@@ -14,6 +14,7 @@ from formats.layout import align_up
 from formats.manifest import MANIFEST_NAME, Manifest, Source, fingerprint, read_manifest, write_manifest
 from formats.schema import BATCH_PACKS
 from formats.shard import TEMPORARY_SUFFIX, FileEntry, file_digest, write_json
+from prep.alone import alone
 from prep.encode.command import progress_note
 from prep.encode.files import is_remote
 from prep.encode.options import EncodeOptions
@@ -71,13 +72,18 @@ def pack_inputs(
     Raw files are encoded into a store at `out` + ".store" first, a store behind an address is copied there. Nothing is
     written before all options are checked.
     An interrupted run leaves no manifest and is finished by the same call with `resume`. ValueError says what to
-    change in one sentence.
+    change in one sentence; one is that another process is packing into `out` (see `prep.alone`).
     """
     progress = progress or Progress(quiet=True)
     options.check()
     if not 0 <= output.eval_fraction < 1:
         raise ValueError(f"--eval-fraction {output.eval_fraction} is not in the range 0 to 1 (1 left out)")
-    check_output(out, resume)
+    with alone(out):
+        check_output(out, resume)
+        return _pack(inputs, out, options, encoding, output, workers, resume, progress)
+
+
+def _pack(inputs, out, options, encoding, output, workers, resume, progress) -> list[Path]:
     store = open_store(inputs, out, encoding, workers=workers, resume=resume, progress=progress)
     parts = choose_parts(store, output.eval_fraction, output.eval_sources)
     # All plans are made before the first byte is written: what cannot be packed leaves nothing behind.
@@ -107,9 +113,7 @@ def pack_inputs(
 
 def check_output(out: Path, resume: bool) -> None:
     """Refuse a folder that holds anything but what an unfinished run left (and that, too, without `resume`)."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
-    if not out.exists() or not any(out.iterdir()):
+    if not any(out.iterdir()):
         return
     parts = [p for p in (out, out / "train", out / "eval") if p.is_dir()]
     expected = {"shards", INDEX_NAME, LEDGER_NAME, REPORT_NAME, PAGE_NAME, MANIFEST_NAME, "train", "eval"}

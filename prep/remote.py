@@ -15,8 +15,12 @@ from prep.progress import Progress
 def destination(out: str, resume: bool, progress: Progress) -> Iterator[Path]:
     """The folder to pack into: `out`, or a temporary one whose files are put to the address `out` when the block ends.
 
+    An address has no lock. A run that finds objects there which were not there when it began puts nothing; of two that
+    put at the same moment, equal ones put the same bytes, and others a mixture that `prep verify` refuses.
+
     Raises:
-        ValueError: finished shards or anything else is at the address; an interrupted put needs `resume`.
+        ValueError: finished shards or anything else is at the address; an interrupted put needs `resume`; another run
+            put something meanwhile.
         OSError: an object cannot be put; those that are there stay, and `resume` puts all again.
     """
     if not is_remote(out):
@@ -32,6 +36,8 @@ def destination(out: str, resume: bool, progress: Progress) -> Iterator[Path]:
         others = sorted(set(there) - {str(path.relative_to(packed)) for path in files})
         if others:
             raise ValueError(f"--out {out} holds {others[0]} of a run with other options; remove it first")
+        if new := sorted(set(storage.names()) - set(there)):
+            raise ValueError(f"--out {out}: another run put {new[0]} there meanwhile; wait for it, or name another")
         with progress.stage(f"putting {out}", "objects") as update:
             for number, path in enumerate(files, 1):
                 storage.put(path, str(path.relative_to(packed)))

@@ -223,6 +223,28 @@ def test_packing_from_and_to_an_address(bucket, lines, tmp_path, byte_level, s3)
     assert objects("packed/") == before
 
 
+def test_two_runs_to_one_address_are_not_mixed(bucket, lines, byte_level, monkeypatch):
+    """An address has no lock: what another run put while this one packed is left as it is."""
+    from prep import pack_command as module
+
+    address, objects = bucket
+    read_reports, first = module.read_reports, []
+
+    def meanwhile(folders):
+        if not first:
+            first.append(CliRunner())
+            other = pack_command(lines, f"{address}/packed", byte_level, "--algo", "greedy")
+            assert first[0].invoke(main, other).exit_code == 0
+            first.append(objects("packed/"))
+        return read_reports(folders)
+
+    monkeypatch.setattr(module, "read_reports", meanwhile)
+    refused = CliRunner().invoke(main, pack_command(lines, f"{address}/packed", byte_level))
+    assert refused.exit_code == 1
+    assert "another run put ledger.json there meanwhile" in refused.output
+    assert objects("packed/") == first[1]
+
+
 def test_a_copied_store_is_whole_or_refused(bucket, lines, tmp_path, byte_level, s3):
     address, objects = bucket
     with pytest.raises(ValueError, match="no finished document store"):
