@@ -15,6 +15,8 @@ sorting, no activation, no new memory for gradients. What is made of such produc
 
 The bytes that expert parallelism sends are arithmetic: K·D values a token there and back, (ep − 1)/ep of them leave the
 rank when experts are equally busy; backward sends the same.
+
+FILE keeps what it holds of other numbers of tokens.
 """
 
 import argparse
@@ -198,7 +200,8 @@ def main() -> None:
         f"{options.intermediate}, {options.tokens} tokens, {device.type} {dtype}, {options.threads} threads\n\n"
         f"{'':40}{'forward':>28}{'forward and backward':>34}"
     )
-    record = {"options": {k: v for k, v in vars(options).items() if k != "json"}, "layers": {}, "bytes": {}}
+    record = {"options": {k: v for k, v in vars(options).items() if k != "json"}, "layers": {}}
+    sent_bytes = {}
     for name, times in best.items():
         facts, line = {}, f"{name:40}"
         for part, took, flops, ours in zip(
@@ -216,10 +219,12 @@ def main() -> None:
     print("\nexpert parallelism, bf16: bytes a token and layer that leave the rank in forward, and as many in backward")
     for name, (top_k, hidden, ep) in PUBLISHED.items():
         sent = 2 * top_k * hidden * 2 * (ep - 1) / ep
-        record["bytes"][f"{name}, ep {ep}"] = sent
+        sent_bytes[f"{name}, ep {ep}"] = sent
         print(f"{name:24} ep {ep:<3} {sent:10,.0f}")
     if options.json:
-        options.json.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+        known |= {"bytes": sent_bytes, f"{options.tokens} tokens": record}
+        options.json.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _time(function: Callable, device: torch.device) -> float:
