@@ -120,9 +120,7 @@ COMBINATIONS = (
     Combination(
         "expert parallelism, compiled attention, costly results kept",
         {"ep": 2, "compile": True, "recompute": "selective"},
-        "--compile with --recompute selective in a mixture of experts: torch counts the operators of a block that it "
-        "keeps results of, and the first call of a compiled part inside it adds some; take --recompute full or none",
-        lambda c: c.layout.ep > 1 and c.model.compile and c.model.recompute == "selective",
+        COMPILED,
     ),
     Combination(
         "expert and tensor parallelism, whole sequences", {"ep": 2, "tp": 2, "sp": False}, "tests/dist/test_ep.py"

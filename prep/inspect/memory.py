@@ -42,13 +42,15 @@ class Layout:
 class Layer(NamedTuple):
     """A layer: parameters outside of experts and in all experts, and elements a token: `wide` are those of hidden size
     (divided by tp through sequence parallelism), `kept` those inside attention and MLP (divided by tp) that backward
-    needs; `costly` of them are results of matrix products and attention, which selective recompute keeps."""
+    needs; `costly` of them are results of matrix products and attention, which selective recompute keeps. `rows` are
+    those of the rows that a token sends to experts."""
 
     dense: int
     experts: int
     wide: int
     kept: int
     costly: int
+    rows: int = 0
 
 
 def parameters(config: Mapping) -> int:
@@ -122,7 +124,8 @@ def _kept(layer: Layer, layout: Layout, hidden: int) -> float:
     if layout.recompute == "full":
         return hidden / layout.tp
     if layout.recompute == "selective":
-        return (3 * hidden + layer.costly) / layout.tp
+        # Rows are not sent twice: what arrives and what comes back are kept beside what experts made of them.
+        return (3 * hidden + layer.costly + (2 * layer.rows if layout.ep > 1 else 0)) / layout.tp
     return (layer.wide * hidden + layer.kept) / layout.tp
 
 
@@ -171,7 +174,7 @@ def _layer(text: Mapping, index: int) -> Layer:
     # Each visited expert keeps its input row, gate, up, both products of them, and its result.
     kept += visited * (2 * hidden + 4 * width) + 4 * shared + 2 * count
     costly += visited * (hidden + 2 * width) + 2 * shared
-    return Layer(attention + norms + router, experts, 6, kept, costly)
+    return Layer(attention + norms + router, experts, 6, kept, costly, rows=visited * hidden)
 
 
 def _attention(text: Mapping) -> tuple[int, int, int]:

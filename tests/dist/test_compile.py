@@ -18,7 +18,6 @@ from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.parallel.apply import parallelize
-from train.parallel.compiling import apply_compile
 
 FSDP, HSDP, TENSOR = Layout(), Layout(dp_replicate=2), Layout(tp=2)
 GATHER, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
@@ -85,15 +84,24 @@ def test_compiled_equals_the_documents_one_at_a_time(places, layout, recompute):
 @pytest.mark.parametrize(
     ("layout", "recompute"),
     [
-        (Layout(ep=2), "none"),
-        pytest.param(Layout(ep=2, tp=2), "full", marks=pytest.mark.slow),
-        pytest.param(Layout(cp=2), "none", marks=pytest.mark.slow),
-        pytest.param(Layout(pp=2), "none", marks=pytest.mark.slow),
+        (Layout(ep=2), "selective"),
+        *(
+            pytest.param(layout, recompute, marks=pytest.mark.slow)
+            for layout, recompute in (
+                (Layout(ep=2), "none"),
+                (Layout(ep=2, tp=2), "full"),
+                (Layout(ep=2, tp=2), "selective"),
+                (Layout(cp=2), "none"),
+                (Layout(cp=2, tp=2, sp=False), "selective"),
+                (Layout(pp=2), "none"),
+                (Layout(pp=2), "selective"),
+            )
+        ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else changed(value),
 )
 def test_a_mixture_with_compiled_attention_equals_the_documents(mixture, layout, recompute):
-    """A graph for the whole block without experts, and one for the attention of the other."""
+    """A graph for the whole block without experts, and one for what comes before the experts of the other."""
     graphs = 1 if layout.pp > 1 else 2
     is_equal(mixture, layout, recompute, torch.float64, graphs=graphs)
 
@@ -126,6 +134,11 @@ def test_inductor_gives_the_same(places, layout):
     is_equal(places, layout, "selective", torch.float32, "inductor")
 
 
+@pytest.mark.slow
+def test_inductor_gives_the_same_before_a_mixture(mixture):
+    is_equal(mixture, Layout(ep=2), "selective", torch.float32, "inductor", graphs=2)
+
+
 def graphs_of_lengths(folder, recompute):
     """Graphs after each of several forwards (and backwards) of one row with another split into documents."""
     config = Config(model=Model(compile=True, compile_backend="eager", recompute=recompute))
@@ -143,11 +156,3 @@ def graphs_of_lengths(folder, recompute):
 
 def test_a_graph_for_each_length_and_not_for_each_row(tiny_llama_dir):
     assert run_ranks(graphs_of_lengths, 1, tiny_llama_dir, "none") == [[1, 1, 2]]
-
-
-def test_a_mixture_is_refused_under_selective_recompute(tmp_path):
-    folder = write_tiny_model(tmp_path / "model", "qwen2_moe", vocab_size=320)
-    with torch.device("meta"):
-        model = Decoder(hf.read_config(folder))
-    with pytest.raises(ValueError, match="take --recompute full or none"):
-        apply_compile(model, None, Config(model=Model(compile=True, recompute="selective")))

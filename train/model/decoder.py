@@ -106,12 +106,16 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor] | None, segments: Segments) -> Tensor:
         """`rope` is (cosine, sine) of this layer's kind for the row's positions, or None."""
-        attended = self.attention(_optional(self.attention_norm, x_TD), rope, segments)
-        x_TD = x_TD + _optional(self.attention_post_norm, attended)
-        normed_TD = _optional(self.mlp_norm, x_TD)
+        x_TD, normed_TD = self.attend(x_TD, rope, segments)
         has_experts = isinstance(self.mlp, MixtureOfExperts)
         out_TD = self.mlp(normed_TD, segments.token_packs) if has_experts else self.mlp(normed_TD)
         return x_TD + _optional(self.mlp_post_norm, out_TD)
+
+    def attend(self, x_TD: Tensor, rope: tuple[Tensor, Tensor] | None, segments: Segments) -> tuple[Tensor, Tensor]:
+        """Everything before the MLP: (the residual stream after attention, the same normed for the MLP)."""
+        attended = self.attention(_optional(self.attention_norm, x_TD), rope, segments)
+        x_TD = x_TD + _optional(self.attention_post_norm, attended)
+        return x_TD, _optional(self.mlp_norm, x_TD)
 
 
 def _optional(norm: Norm | None, x: Tensor) -> Tensor:

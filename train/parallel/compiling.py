@@ -22,19 +22,17 @@ def apply_compile(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     Like recompute, it wraps the forward function and not the module: parameters keep their names, and FSDP's hooks,
     which could not be traced, stay outside. Embedding and head are not compiled: the loss works chunk by chunk already.
 
-    Of a block with a mixture of experts only the attention is compiled: how many rows an expert has follows from the
-    data and is read by the host, and the counting of loads happens in a backward. Experts are matrix products anyway.
-
-    Raises: ValueError for a mixture of experts under selective recompute: the table knows it by --ep alone.
+    Of a block with a mixture of experts only what comes before the mixture is compiled: how many rows an expert has
+    follows from the data and is read by the host, and the counting of loads happens in a backward. Experts are matrix
+    products anyway.
     """
-    if config.model.recompute == "selective" and any(layer.experts for layer in model.config.layers):
-        raise ValueError(
-            "--compile with --recompute selective does not run in a mixture of experts; take --recompute full or none"
-        )
     kinds = len(set(model.config.layers))
     graphs = 2 * kinds * LENGTHS  # training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
     for block in model.layers.children():
-        part = block.attention if isinstance(block.mlp, MixtureOfExperts) else block
-        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False, backend=config.model.compile_backend)
+        name = "attend" if isinstance(block.mlp, MixtureOfExperts) else "forward"
+        compiled = torch.compile(
+            getattr(block, name), fullgraph=True, dynamic=False, backend=config.model.compile_backend
+        )
+        setattr(block, name, compiled)
     return model

@@ -121,6 +121,8 @@ def test_axes_divide_what_they_should():
     assert spread[1]["optimizer"] == spread[4]["optimizer"]
     experts = 16 * 3 * 128 * 64  # of a layer; two layers are gathered, in bfloat16, three quarters of them elsewhere
     assert spread[1]["gathered"] - spread[4]["gathered"] == 2 * 2 * experts * 3 // 4
+    selective = [memory(sparse, Layout(4096, dp_shard=4, ep=ep, recompute="selective"))["activations"] for ep in (1, 4)]
+    assert selective[1] - selective[0] == 8 * 4096 * 2 * 2 * 2 * 128, "8 layers, what 2 rows a token bring and take"
     # Tensor ranks are data ranks of the experts: ep may span them, and no matrix of an expert is cut.
     cut, whole = (memory(sparse, Layout(4096, tp=4, ep=ep)) for ep in (4, 1))
     assert cut["optimizer"] == whole["optimizer"] == memory(sparse, Layout(4096, tp=2, dp_shard=2, ep=4))["optimizer"]
