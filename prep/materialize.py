@@ -36,12 +36,13 @@ class Layout:
 @dataclass(frozen=True)
 class ShardJob:
     """All that decides the bytes of one shard: slots (see `prep.plan.Plan`) of its packs; pack n of the shard is slots
-    offsets[n] … offsets[n + 1]."""
+    offsets[n] … offsets[n + 1]. `rows` int64[S]: the stored row of every slot, None where that is `doc`."""
 
     path: Path
     store: Path
     layout: Layout
     doc: np.ndarray
+    rows: np.ndarray | None
     start: np.ndarray
     length: np.ndarray
     offsets: np.ndarray
@@ -59,7 +60,7 @@ class ShardResult(NamedTuple):
 
 def materialize(
     plan: Plan,
-    store: Path,
+    store: DocumentStore,
     out: Path,
     layout: Layout,
     *,
@@ -84,9 +85,10 @@ def materialize(
         jobs.append(
             ShardJob(
                 path=folder / f"{number:05d}.arrow",
-                store=store,
+                store=store.path,
                 layout=layout,
                 doc=plan.doc[slots],
+                rows=None if store.rows is None else store.rows[plan.doc[slots]],
                 start=plan.start[slots],
                 length=plan.length[slots],
                 offsets=offsets - offsets[0],
@@ -130,13 +132,13 @@ def write_shard(job: ShardJob) -> ShardResult:
 
 
 def _write(job: ShardJob, dry: bool = False) -> ShardResult:
-    store, places = _open_store(job.store)
+    _, places = _open_store(job.store)
     layout, packs = job.layout, len(job.offsets) - 1
     room = _Room(layout, min(packs, BATCH_PACKS))
     digests, targets = [], []
     with ShardWriter(job.path, layout.kind, job.essentials, layout.compression, dry=dry) as writer:
         for first in range(0, packs, BATCH_PACKS):
-            columns, counts = room.lay_out(job, first, min(first + BATCH_PACKS, packs), store, places)
+            columns, counts = room.lay_out(job, first, min(first + BATCH_PACKS, packs), places)
             digests.append(writer.write(columns))
             targets.append(counts)
     return ShardResult(writer.entry, index_columns(job, np.concatenate(targets), np.concatenate(digests)))
@@ -159,7 +161,7 @@ class _Room:
         if layout.kind == "seqid":
             self._rows = [np.empty(packs * layout.capacity, np.int32) for _ in range(4)]
 
-    def lay_out(self, job: ShardJob, first: int, stop: int, store: DocumentStore, places: Buffers):
+    def lay_out(self, job: ShardJob, first: int, stop: int, places: Buffers):
         """Columns (views of the buffers, valid until the next call) and target tokens int32 of packs [first, stop)."""
         layout = self._layout
         offsets = job.offsets[first : stop + 1]
@@ -174,7 +176,7 @@ class _Room:
             raise AssertionError(f"the plan puts {over} tokens into a pack of {layout.capacity}")
         ids, mask = self._ids[: bounds[-1]], self._mask[: bounds[-1]]
         targets = np.empty(len(offsets) - 1, np.int32)
-        stored = doc if store.rows is None else store.rows[doc]
+        stored = doc if job.rows is None else job.rows[slots]
         ids_from, mask_from, beyond = locate(*places, stored, start, length)
         if beyond:
             raise ValueError(

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from prep.encode.command import encode, options_of, resumable, sources_of
 from prep.options import Size, as_json, echo_json
@@ -68,34 +69,32 @@ def pack(
     """Pack INPUTS (anything that `prep encode` reads, or one document store) into OUT.
 
     Raw input is tokenized into a document store beside OUT (OUT.store), from which other packs can be made without
-    tokenizing again. The options from --mix on are those of `prep encode`. With an address as OUT the shards are made
-    in a temporary folder (TMPDIR) and put there, the manifest last; the trainer reads them from a local copy.
+    tokenizing again. The options from --mix on are those of `prep encode`; a store takes --mix alone of them, for other
+    weights, repeats and limits of its sources (the sources that the file does not name are left out). With an address
+    as OUT the shards are made in a temporary folder (TMPDIR) and put there, the manifest last; the trainer reads them
+    from a local copy.
 
     \b
     prep pack chats.jsonl --out packed --tokenizer model/ --algo ffd --cp 2 --seq-len 4096 --eval-fraction 0.02
     prep pack packed.store --out packed-8k --algo bfd --seq-len 8192 --gate 'fill>=0.98' --gate 'dropped<=1%'
+    prep pack packed.store --out packed-mixed --seq-len 4096 --mix weights.yaml
     prep pack s3://bucket/store --out s3://bucket/packed --seq-len 4096
     """
     from prep.gates import parse_gate
-    from prep.pipeline import Encoding, OutputOptions, pack_inputs
+    from prep.pipeline import OutputOptions, pack_inputs
     from prep.plan import PackOptions
     from prep.progress import Progress
     from prep.remote import destination
 
     wanted = [parse_gate(text) for text in gates]
     planned = ("seq_len", "algo", "cp", "order", "seed", "overlong", "max_docs", "drop_last")
-    encoding = None
-    if given["tokenizer"]:
-        sources = sources_of(inputs, given["mix"], given["columns"], given)
-        store = f"{out.rstrip('/')}.store" if "://" in out else None
-        encoding = Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"], store)
+    origin = _origin(inputs, out, given)
     progress = Progress(quiet=quiet)
     with destination(out, resume, progress) as folder:
         folders = pack_inputs(
-            inputs,
+            origin,
             folder,
             PackOptions(format=given["kind"], **{name: given[name] for name in planned}),
-            encoding=encoding,
             output=OutputOptions(eval_fraction, eval_sources, shard_size, compress, not no_page),
             workers=workers or len(os.sched_getaffinity(0)),
             resume=resume,
@@ -108,6 +107,35 @@ def pack(
     names = [out if part == folder else f"{out.rstrip('/')}/{part.name}" for part in folders]
     show(names, reports, as_json=given["as_json"], quiet=quiet)
     _hold(wanted, reports[0])
+
+
+def _origin(inputs: tuple[str, ...], out: str, given: dict):
+    """What is packed: a document store, with its new mix, or raw input, with all that says how to encode it."""
+    from prep.encode.mix_file import read_mix
+    from prep.pipeline import Encoding, Stored, find_store
+
+    place = find_store(inputs)
+    if place is not None:
+        if useless := [name for name in _given_options(_ENCODING) if name != "--mix"]:
+            raise click.ClickException(
+                f"{place} is encoded already: leave out {', '.join(useless)}, or name the raw files"
+            )
+        return Stored(place, read_mix(given["mix"], encoded=True) if given["mix"] else ())
+    if not given["tokenizer"]:
+        raise click.ClickException("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
+    sources = sources_of(inputs, given["mix"], given["columns"], given)
+    store = f"{out.rstrip('/')}.store" if "://" in out else None
+    return Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"], store)
+
+
+def _given_options(among: set[str]) -> list[str]:
+    """The options of these parameters that stand on the command line."""
+    context = click.get_current_context()
+    return [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name in among and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
 
 
 def read_reports(folders: list[Path]) -> list[dict]:
@@ -147,3 +175,4 @@ def _hold(gates, report: dict) -> None:
 # Raw input is encoded on the way: the options of `prep encode` that `pack` has not itself are its own, too.
 _OWN = {parameter.name for parameter in pack.params} | {"unit_range"}
 pack.params.extend(parameter for parameter in encode.params if parameter.name not in _OWN)
+_ENCODING = {parameter.name for parameter in encode.params} - _OWN | {"tokenizer"}

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +20,16 @@ from prep.encode.command import progress_note
 from prep.encode.files import is_remote
 from prep.encode.options import EncodeOptions
 from prep.encode.run import write_store
+from prep.encode.sources import SourceSpec
 from prep.encode.storage import fetch_store, read_remote_store
 from prep.encode.store import DocumentStore, read_store
 from prep.inspect.report import PAGE_NAME, REPORT_NAME, write_reports
+from prep.inspect.subject import is_packed
 from prep.ledger import LEDGER_NAME
 from prep.materialize import Layout, materialize
 from prep.plan import PackOptions, make_plan
 from prep.progress import Progress
+from prep.remix import remix, shares
 from prep.splits import choose_parts, part_ledger
 
 SHARD_BYTES = 256 << 20
@@ -45,6 +49,14 @@ class Encoding:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A finished store, by folder or address. `mix`: shares of its sources in place of its own (`prep.remix`)."""
+
+    place: str
+    mix: Sequence[SourceSpec] = ()
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """What becomes of the packs. `eval_fraction`, `eval_sources`: see `prep.splits.choose_parts`. `compress`: None or
     `zstd`, for shipping: such shards are decompressed when read instead of mapped. `page`: write report.html."""
@@ -57,17 +69,16 @@ class OutputOptions:
 
 
 def pack_inputs(
-    inputs: tuple[str, ...],
+    origin: Encoding | Stored,
     out: Path,
     options: PackOptions,
     *,
-    encoding: Encoding | None,
     output: OutputOptions = OutputOptions(),
     workers: int = 1,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Pack raw files, or one document store, into `out`; returns the packed folders (`out`, or its train and eval).
+    """Pack raw files, or a document store, into `out`; returns the packed folders (`out`, or its train and eval).
 
     Raw files are encoded into a store at `out` + ".store" first, a store behind an address is copied there. Nothing is
     written before all options are checked.
@@ -80,11 +91,11 @@ def pack_inputs(
         raise ValueError(f"--eval-fraction {output.eval_fraction} is not in the range 0 to 1 (1 left out)")
     with alone(out):
         check_output(out, resume)
-        return _pack(inputs, out, options, encoding, output, workers, resume, progress)
+        return _pack(origin, out, options, output, workers, resume, progress)
 
 
-def _pack(inputs, out, options, encoding, output, workers, resume, progress) -> list[Path]:
-    store = open_store(inputs, out, encoding, workers=workers, resume=resume, progress=progress)
+def _pack(origin, out, options, output, workers, resume, progress) -> list[Path]:
+    store = open_store(origin, out, workers=workers, resume=resume, progress=progress)
     parts = choose_parts(store, output.eval_fraction, output.eval_sources)
     # All plans are made before the first byte is written: what cannot be packed leaves nothing behind.
     plans = []
@@ -94,7 +105,7 @@ def _pack(inputs, out, options, encoding, output, workers, resume, progress) -> 
         try:
             plans.append((name, rows, chosen, make_plan(store.lengths[rows], rows, chosen)))
         except ValueError as error:
-            if encoding is None:
+            if isinstance(origin, Stored):
                 raise
             # The encoding is done and need not be repeated: say where it lies.
             raise ValueError(f"{error}; the token ids are kept, go on from them: prep pack {store.path} …") from None
@@ -106,7 +117,7 @@ def _pack(inputs, out, options, encoding, output, workers, resume, progress) -> 
                 "take a larger --seq-len, or --overlong truncate or split"
             )
     return [
-        _write_part(name, rows, chosen, plan, store, out, output, workers, progress)
+        _write_part(name, rows, chosen, plan, store, origin, out, output, workers, progress)
         for name, rows, chosen, plan in plans
     ]
 
@@ -130,16 +141,26 @@ def check_output(out: Path, resume: bool) -> None:
         raise ValueError(f"--out {out} holds an unfinished run; go on with --resume, or remove it first")
 
 
-def open_store(inputs, out, encoding, *, workers, resume, progress) -> DocumentStore:
-    """The store to pack: the one named, or one made from raw input."""
+def find_store(inputs: Sequence[str]) -> str | None:
+    """The document store that `inputs` is, or None for raw input; ValueError for packed shards, which are neither, and
+    for a store among others."""
+    if is_packed(inputs):
+        raise ValueError(
+            f"{inputs[0]} holds packed shards: pack the raw files or the document store that they were made of "
+            "(OUT.store), or change their form with prep convert"
+        )
     stores = [place for place in inputs if _is_store(place)]
-    if stores:
-        if len(inputs) > 1:
-            raise ValueError(f"{stores[0]} is a document store: pack it alone, or name the raw files of all")
-        return _here(stores[0], out, progress)
-    if encoding is None:
-        raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
-    place = encoding.store or str(store_path(out))
+    if stores and len(inputs) > 1:
+        raise ValueError(f"{stores[0]} is a document store: pack it alone, or name the raw files of all")
+    return stores[0] if stores else None
+
+
+def open_store(origin: Encoding | Stored, out: Path, *, workers, resume, progress) -> DocumentStore:
+    """The store to pack: the one named, or one made from raw input."""
+    if isinstance(origin, Stored):
+        store = _here(origin.place, out, progress)
+        return remix(store, origin.mix) if origin.mix else store
+    place = origin.store or str(store_path(out))
     with progress.stage("encoding", "units") as update:
         begin = time.monotonic()
 
@@ -148,14 +169,14 @@ def open_store(inputs, out, encoding, *, workers, resume, progress) -> DocumentS
 
         # Bad input leaves no store behind, but for the rejected records where there are too many: they are kept.
         write_store(
-            encoding.sources,
+            origin.sources,
             place,
-            encoding.options,
+            origin.options,
             workers=workers,
             resume=resume,
             progress=report,
-            runner=encoding.runner,
-            ray_address=encoding.ray_address,
+            runner=origin.runner,
+            ray_address=origin.ray_address,
         )
     return _here(place, out, progress)
 
@@ -180,7 +201,7 @@ def store_path(out: Path) -> Path:
     return out.with_name(out.name + ".store")
 
 
-def _write_part(name, rows, options, plan, store, out, output, workers, progress) -> Path:
+def _write_part(name, rows, options, plan, store, origin, out, output, workers, progress) -> Path:
     folder = out if name == "all" else out / name
     info = store.info
     pad_id = next((i for i in (info.pad_id, info.eos_id) if i is not None), 0)
@@ -191,6 +212,8 @@ def _write_part(name, rows, options, plan, store, out, output, workers, progress
         "store": file_digest(store.path / "store.json"),
         "packages": packages,
     }
+    if isinstance(origin, Stored) and origin.mix:
+        stated["mix"] = shares(origin.mix)
     essentials = {
         "capacity": options.seq_len,
         "align": options.align,
@@ -227,7 +250,7 @@ def _write_part(name, rows, options, plan, store, out, output, workers, progress
 
         files, columns = materialize(
             plan,
-            store.path,
+            store,
             folder,
             Layout(options.format, options.seq_len, options.align, pad_id, info.largest_id, output.compress),
             essentials=essentials,

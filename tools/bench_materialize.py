@@ -165,7 +165,7 @@ def bench(arguments, folder: Path) -> dict:
     packs = shard_packs(options, arguments.shard_size)
     jobs = []
     materialize(
-        *(plan, store.path, folder / "kept", layout),
+        *(plan, store, folder / "kept", layout),
         **dict(essentials={}, shard_packs=packs, workers=arguments.workers, on_done=lambda job, _: jobs.append(job)),
     )
     files = sorted((folder / "kept" / "shards").iterdir())

@@ -25,8 +25,9 @@ _EXPECTED = {
 }
 
 
-def read_mix(path: str) -> list[SourceSpec]:
-    """The sources of the file. Relative paths and templates count from its folder.
+def read_mix(path: str, *, encoded: bool = False) -> list[SourceSpec]:
+    """The sources of the file. Relative paths and templates count from its folder. `encoded`: they lie in a document
+    store already, so they need no paths.
 
     Raises:
         ValueError: not such a file; the message names the entry.
@@ -39,10 +40,10 @@ def read_mix(path: str) -> list[SourceSpec]:
     entries = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected a list under `sources`")
-    return [_entry(path, number, entry) for number, entry in enumerate(entries, 1)]
+    return [_entry(path, number, entry, encoded) for number, entry in enumerate(entries, 1)]
 
 
-def _entry(path: str, number: int, entry: object) -> SourceSpec:
+def _entry(path: str, number: int, entry: object, encoded: bool) -> SourceSpec:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise ValueError(f"{path}: source {number} must be an object with a name")
     given = {field: value for field, value in entry.items() if value is not None}
@@ -54,7 +55,7 @@ def _entry(path: str, number: int, entry: object) -> SourceSpec:
         if not _is_of(field, value):
             raise ValueError(f"{path}: source {entry['name']}: {field} is {value!r}; expected {_EXPECTED[field]}")
     paths = given.get("paths") or []
-    if not paths:
+    if not paths and not encoded:
         raise ValueError(f"{path}: source {entry['name']} names no paths")
     folder = os.path.dirname(os.path.abspath(path))
     given["paths"] = tuple(_from(folder, p) for p in ([paths] if isinstance(paths, str) else paths))

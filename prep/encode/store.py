@@ -11,8 +11,9 @@
 How each file is written, in a folder or behind an address, stands in `storage`.
 """
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -220,6 +221,16 @@ class DocumentStore:
         if content["selection"] is not None:
             tables = _read_unit(path / content["selection"]["name"], content["selection"])
             self.rows = np.concatenate([np.empty(0, np.int64), *[table.column(0).to_numpy() for table in tables]])
+
+    def with_rows(self, rows: np.ndarray, sources: Sequence[tuple[str, int, int]], ledger: Ledger) -> "DocumentStore":
+        """The same store with other documents: `rows` int64[N], the stored row of each; `sources` are ranges of them,
+        and `ledger` is theirs."""
+        other = copy.copy(self)
+        for name in ("lengths", "doc_hashes", "target_tokens"):
+            other.__dict__.pop(name, None)
+        other.rows, other.ledger = rows, ledger
+        other.info = replace(self.info, sources=tuple(tuple(source) for source in sources))
+        return other
 
     @cached_property
     def lengths(self) -> np.ndarray:

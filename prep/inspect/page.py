@@ -20,6 +20,8 @@ REASONS = {
     "last_pack": "in the pack that --drop-last left out",
     "no_targets": "without a target token",
     "duplicate": "copies of others",
+    "beyond_share": "beyond the share of their source",
+    "not_in_mix": "of a source that --mix leaves out",
     "empty": "empty",
 }
 

@@ -114,5 +114,5 @@ def test_a_damaged_store_is_refused_and_leaves_no_shard(tmp_path, damage):
     plan = make_plan(opened.lengths, np.arange(40), PackOptions(64))
     layout = Layout("thd", 64, 1, PAD, opened.info.largest_id)
     with pytest.raises(ValueError, match="the store is damaged"):
-        materialize(plan, opened.path, tmp_path / "out", layout, essentials={}, shard_packs=100, workers=1)
+        materialize(plan, opened, tmp_path / "out", layout, essentials={}, shard_packs=100, workers=1)
     assert list((tmp_path / "out" / "shards").iterdir()) == []

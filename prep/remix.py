@@ -1,0 +1,85 @@
+"""Another mix of a finished store: the rows of its sources chosen anew, without tokenizing anything again."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from prep.encode.mix import check_shares, select
+from prep.encode.sources import SourceSpec, as_sources
+from prep.encode.store import DocumentStore, source_ranges
+from prep.ledger import Ledger
+
+_SELECTED = ("duplicate", "beyond_share")
+"""Reasons for which `prep.encode.mix.select` drops documents: they still lie in the units of the store."""
+NOT_IN_MIX = "not_in_mix"
+
+
+def remix(store: DocumentStore, mix: Sequence[SourceSpec]) -> DocumentStore:
+    """The store as it would be had it been encoded with the shares of `mix`, in place of those it was made with.
+
+    The sources are those of `mix`, in its order; the others are left out (`not_in_mix` in the ledger). Only name and
+    shares of a source count: its files lie in the store as they were read. Duplicates are left out if they were.
+
+    Raises:
+        ValueError: a source that the store lacks or that was encoded otherwise than `mix` says; shares that contradict
+            each other or cannot be met.
+    """
+    mix = as_sources(mix)
+    check_shares(mix)
+    ledger, counts = _before_selection(store)
+    _check_sources(mix, counts, store)
+    ranges = {name: (first, last) for name, first, last in source_ranges(list(counts), list(counts.values()))}
+    kept = ledger.to_json()["sources"]
+    for name in counts.keys() - {spec.name for spec in mix}:
+        ledger.drop_kept(name, NOT_IN_MIX, kept[name]["kept"]["documents"], kept[name]["kept"]["tokens"])
+    names = [spec.name for spec in mix]
+    used = np.concatenate([np.arange(*ranges[name], dtype=np.int64) for name in names])
+    sources = source_ranges(names, [counts[name] for name in names])
+    view = store.with_rows(used, sources, ledger)
+    dedup = store.info.options.get("dedup") == "exact"
+    chosen = select(view, [(first, last) for _, first, last in sources], mix, ledger, dedup=dedup)
+    ledger.check()
+    return store.with_rows(used[np.concatenate(chosen)], source_ranges(names, [len(rows) for rows in chosen]), ledger)
+
+
+def shares(mix: Sequence[SourceSpec]) -> list[dict]:
+    """What of `mix` decides the documents, JSON-compatible."""
+    names = ("name", "weight", "repeat", "limit_tokens", "max_epochs")
+    return [{name: getattr(spec, name) for name in names} for spec in mix]
+
+
+def _before_selection(store: DocumentStore) -> tuple[Ledger, Mapping[str, int]]:
+    """The ledger as it was before duplicates and shares left documents out or repeated them, and how many documents of
+    each source, in order, the units hold."""
+    value = store.ledger.to_json()
+    for account in value["sources"].values():
+        taken = [account["dropped"].pop(reason) for reason in _SELECTED if reason in account["dropped"]]
+        for unit in ("documents", "tokens"):
+            account["kept"][unit] += sum(count[unit] for count in taken) - account["repeated"][unit]
+            account["repeated"][unit] = 0
+    ledger = Ledger.from_json(value)
+    counts = {name: account["kept"]["documents"] for name, account in value["sources"].items()}
+    if sum(counts.values()) != store.starts[-1]:
+        raise ValueError(f"{store.path}: its ledger does not fit its units; remove the store and encode again")
+    order = [name for name, _, _ in store.info.sources]
+    return ledger, {name: counts[name] for name in order}
+
+
+def _check_sources(mix: Sequence[SourceSpec], names: Mapping[str, int], store: DocumentStore) -> None:
+    encoded = {source["name"]: source for source in store.info.options.get("sources", ())}
+    for spec in mix:
+        if spec.name not in names:
+            raise ValueError(
+                f"--mix: {store.path} has no source {spec.name}, but {', '.join(names)}; name one of these"
+            )
+        theirs = encoded[spec.name]
+        default = SourceSpec(spec.name, ())
+        for field in ("format", "text_by", "columns"):
+            given = getattr(spec, field)
+            given = dict(given) if field == "columns" else given
+            unsaid = dict(default.columns) if field == "columns" else getattr(default, field)
+            if given not in (unsaid, theirs[field]):
+                raise ValueError(
+                    f"--mix: source {spec.name} of {store.path} was encoded with {field} {theirs[field]!r}, not "
+                    f"{given!r}; leave that out, or encode it again"
+                )
