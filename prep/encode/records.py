@@ -49,6 +49,8 @@ _BEFORE_TEXT = frozenset(
     }
 )
 """Fields that make a record something else than a text, whatever text it has."""
+_OF_PACKS = ("seq_lens", "seq_lengths", "seq_start_id")
+"""Fields by which packed datasets (of this program, NeMo AutoModel, TRL, Megatron-Bridge) say where documents begin."""
 KNOWN = "input_ids; messages or conversations; instruction and output; segments; prompt and completion; text"
 
 
@@ -245,11 +247,17 @@ class RecordReader:
                 )
         else:
             mask = np.ones(ids.size, bool)
-        removed = 0
+        removed, real = 0, slice(None)
         if record.get("attention_mask") not in _ABSENT:
-            real = self._beside(record, "attention_mask", ids.size) != 0
+            numbers = self._beside(record, "attention_mask", ids.size)
+            real = numbers != 0
             removed = int(ids.size - real.sum())
-            ids, mask = ids[real], mask[real]
+            _refuse_pack("attention_mask", numbers.size and numbers.max() > 1)
+        for name in _OF_PACKS:
+            _refuse_pack(name, record.get(name) not in _ABSENT and np.size(_parsed(record[name], name)) > 1)
+        if record.get("position_ids") not in _ABSENT:
+            _refuse_pack("position_ids", not self._beside(record, "position_ids", ids.size)[real][1:].all())
+        ids, mask = ids[real], mask[real]
         return Tokens(ids.astype(np.int32), mask.astype(np.uint8), removed)
 
     @staticmethod
@@ -262,6 +270,14 @@ class RecordReader:
         if values.shape != (length,) or (not np.issubdtype(values.dtype, np.number) and values.dtype != bool):
             raise ValueError(f"{name} must be a list of {length} numbers, as long as input_ids")
         return values
+
+
+def _refuse_pack(field: str, several: bool) -> None:
+    """ValueError when a field shows that token ids are several documents: as one they would see each other."""
+    if several:
+        raise ValueError(
+            f"the record is a pack of several documents, as {field} says; give each as a record of its own"
+        )
 
 
 def _parsed(value, name: str):

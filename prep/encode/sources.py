@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from formats.schema import METADATA_KEY
 from prep.encode import files
 
 FORMATS = ("jsonl", "json", "parquet", "arrow", "csv", "tsv", "text", "hf")
@@ -324,6 +325,11 @@ def _by_batches(file: InputFile, unit_bytes: int) -> list[_Cut]:
             return _whole(file, unit_bytes)
         with pa.memory_map(file.path) as source:
             reader = pa.ipc.open_file(source)
+            if METADATA_KEY in (reader.schema.metadata or {}):
+                raise ValueError(
+                    f"{file.path}: is a packed shard, whose rows are several documents each; name the raw files, or "
+                    "pack the document store that it was made of"
+                )
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             return _gather([(b.nbytes, b.num_rows) for b in batches], unit_bytes)
     except (pa.ArrowException, OSError) as error:

@@ -1,5 +1,6 @@
 """Each conversion, against its documented layout; `test_peers.py` has the readers of the projects themselves."""
 
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from byte_tokenizer import write_byte_tokenizer
 from formats.dataset import PackedDataset
 from formats.layout import seqid_to_thd
 from prep.cli import main
@@ -207,3 +209,22 @@ def test_trl_trains_the_same_loss(model, documents, converted, tiny_llama_dir, t
     trainer.train()
     loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     assert loss == pytest.approx(total / targets, rel=2e-4)
+
+
+@pytest.mark.parametrize("to", ["thd", "seqid", "hf", "automodel", "bridge"])
+def test_packs_are_never_read_as_documents(packed, converted, tmp_path, to):
+    """As raw input each pack would be one document, whose parts see each other."""
+    (tmp_path / "tokenizer").mkdir()
+    write_byte_tokenizer(tmp_path / "tokenizer")
+    folder = packed if to == "thd" else converted(to)
+    shards = sorted((folder / "shards").glob("*.arrow")) if to in ("thd", "seqid") else []
+    for source in (folder, *(shards[:1] and [shards[0].parent, shards[0]])):
+        for command in (["pack", "--seq-len", 64], ["encode"], ["plan", "--seq-len", 64]):
+            if source == folder and shards and command[0] == "plan":
+                continue  # that knows them
+            out = [] if command[0] == "plan" else ["--out", tmp_path / "out"]
+            result = run(*command, source, *out, "--tokenizer", tmp_path / "tokenizer")
+            assert result.exit_code == 1
+            sentence = "holds packed shards|is a packed shard, whose rows are several|a pack of several documents, as"
+            assert re.search(f"^Error: .*({sentence})", result.output), result.output
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer"]

@@ -276,6 +276,9 @@ def test_tokens_pass_through(byte_level):
     assert read({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}).mask.tolist() == [0, 1, 1]
     padded = read({"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]})
     assert (padded.ids.tolist(), padded.removed) == ([5, 6], 2)
+    # One document says so in the same fields; the padding before it has position 0, too.
+    one = {"attention_mask": [0, 0, 1, 1], "position_ids": [0, 0, 0, 1], "seq_lengths": [2], "seq_lens": []}
+    assert read({"input_ids": [0, 0, 5, 6], **one}).ids.tolist() == [5, 6]
 
 
 def test_columns(byte_level):
@@ -322,6 +325,11 @@ def test_control_tokens_are_counted_as_the_template_writes_them(byte_level):
         ({"input_ids": [1, 2], "labels": [1]}, "as long as input_ids"),
         ({"input_ids": [1, 2], "labels": [[1], 2]}, "as long as input_ids"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "unshifted"),
+        ({"input_ids": [1, 2], "seq_lens": [1, 1]}, "a pack of several documents, as seq_lens says"),
+        ({"input_ids": [1, 2], "seq_lengths": "[1, 1]"}, "a pack of several documents, as seq_lengths says"),
+        ({"input_ids": [1, 2], "seq_start_id": [0, 1]}, "a pack of several documents, as seq_start_id says"),
+        ({"input_ids": [1, 2], "position_ids": [0, 0]}, "a pack of several documents, as position_ids says"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 2]}, "a pack of several documents, as attention_mask says"),
     ],
 )
 def test_bad_records_are_refused_with_their_reason(byte_level, record, reason):
