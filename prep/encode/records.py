@@ -232,6 +232,7 @@ class RecordReader:
                 raise TypeError
         except (TypeError, ValueError):
             raise ValueError("input_ids must be a list of whole numbers") from None
+        real = self._real(record, ids.size)
         if ids.size and (ids.min() < 0 or ids.max() >= self._folder.vocab_size):
             bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise ValueError(f"input_ids holds {bad}, outside the tokenizer's vocabulary of {self._folder.vocab_size}")
@@ -247,18 +248,21 @@ class RecordReader:
                 )
         else:
             mask = np.ones(ids.size, bool)
-        removed, real = 0, slice(None)
+        ids, mask = ids[real], mask[real]
+        return Tokens(ids.astype(np.int32), mask.astype(np.uint8), int(real.size - real.sum()))
+
+    def _real(self, record: Mapping, length: int) -> np.ndarray:
+        """bool[length]: which token ids are no padding. ValueError when they are several documents."""
+        real = np.ones(length, bool)
         if record.get("attention_mask") not in _ABSENT:
-            numbers = self._beside(record, "attention_mask", ids.size)
+            numbers = self._beside(record, "attention_mask", length)
             real = numbers != 0
-            removed = int(ids.size - real.sum())
-            _refuse_pack("attention_mask", numbers.size and numbers.max() > 1)
+            _refuse_pack("attention_mask", numbers.max(initial=0) > 1)
         for name in _OF_PACKS:
             _refuse_pack(name, record.get(name) not in _ABSENT and np.size(_parsed(record[name], name)) > 1)
         if record.get("position_ids") not in _ABSENT:
-            _refuse_pack("position_ids", not self._beside(record, "position_ids", ids.size)[real][1:].all())
-        ids, mask = ids[real], mask[real]
-        return Tokens(ids.astype(np.int32), mask.astype(np.uint8), removed)
+            _refuse_pack("position_ids", not self._beside(record, "position_ids", length)[real][1:].all())
+        return real
 
     @staticmethod
     def _beside(record: Mapping, name: str, length: int) -> np.ndarray:
