@@ -122,7 +122,8 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[_HashingFile]:
     """Write a file that exists under its name only when it is whole.
 
     The bytes go to `path` + ".tmp", are synced, and take the name by a rename that is synced too. An exception
-    removes the temporary file; a kill leaves it, and the next writer of the same path overwrites it.
+    removes the temporary file, and an OSError (a full disk) names `path`; a kill leaves it, and the next writer of the
+    same path overwrites it.
 
     Args:
         sync: False leaves the syncs to the caller (`sync_file`, `sync_folder`), who need not wait for each. Until then
@@ -140,8 +141,10 @@ def atomic_write(path: Path, sync: bool = True) -> Iterator[_HashingFile]:
             else:
                 file.begin_sync()
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # write() and fsync() name nothing
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     if sync:
         sync_folder(path.parent)

@@ -8,6 +8,8 @@ import os
 
 import click
 
+from prep.room import advising
+
 COMMANDS = {
     "encode": "prep.encode.command:encode",
     "pack": "prep.pack_command:pack",
@@ -48,7 +50,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
-            return super().invoke(ctx)
+            with advising("make room and run the same command again"):
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.ClickException("stopped; run the same command once more") from None
         except (ValueError, OSError) as error:

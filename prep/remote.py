@@ -9,6 +9,7 @@ from formats.manifest import MANIFEST_NAME
 from prep.encode.files import is_remote
 from prep.encode.storage import RemoteStorage
 from prep.progress import Progress
+from prep.room import advising
 
 
 @contextmanager
@@ -24,14 +25,16 @@ def destination(out: str, resume: bool, progress: Progress) -> Iterator[Path]:
         OSError: an object cannot be put; those that are there stay, and `resume` puts all again.
     """
     if not is_remote(out):
-        yield Path(out.removeprefix("file://"))
+        with advising(f"make room and go on with --resume, what is finished is kept in {out}"):
+            yield Path(out.removeprefix("file://"))
         return
     storage = RemoteStorage(out)
     there = storage.names()
     _check(storage.name, there, resume)
     with tempfile.TemporaryDirectory(prefix="meshpack-") as folder:
         packed = Path(folder) / "packed"
-        yield packed
+        with advising("it is made there and then put: set TMPDIR to a folder with more room"):
+            yield packed
         files = sorted((p for p in packed.rglob("*") if p.is_file()), key=lambda p: (p.name == MANIFEST_NAME, p))
         others = sorted(set(there) - {str(path.relative_to(packed)) for path in files})
         if others:

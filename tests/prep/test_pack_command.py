@@ -86,6 +86,39 @@ def test_a_gate_that_is_not_met_exits_with_3_after_everything_is_written(source,
     assert not (tmp_path / "no").exists()
 
 
+LIMITED = """
+import resource, sys
+from prep.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))  # as a full disk, write() fails half-way
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_named_with_what_to_do(source, tokenizer, tmp_path, workers):
+    root = Path(__file__).parent.parent.parent
+
+    def limited(*arguments):
+        # Coverage or compiled kernels are files, too, but small ones.
+        code = [sys.executable, "-c", LIMITED, 30_000, *arguments]
+        return subprocess.run([str(c) for c in code], capture_output=True, text=True, cwd=root)
+
+    store = packed(source, tmp_path / "whole", tokenizer).with_name("whole.store")
+    options = ["--seq-len", 256, "--quiet", "--no-page", "--workers", workers]
+    arguments = ["pack", store, "--out", tmp_path / "out", *options]
+    full = limited(*arguments)
+    assert full.returncode == 1
+    shard = tmp_path / "out" / "shards" / "00000.arrow"
+    advice = f"make room and go on with --resume, what is finished is kept in {tmp_path / 'out'}"
+    assert full.stderr == f"Error: {shard}: File too large; {advice}\n"
+    assert tree(tmp_path / "out") == {}
+    assert run(*arguments, "--resume").exit_code == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    full = limited("convert", tmp_path / "out", "--to", "seqid", "--out", tmp_path / "seqid")
+    assert full.stderr.endswith("shards/00000.arrow: File too large; make room and run the same command again\n")
+    assert not list(tmp_path.glob("seqid*"))
+
+
 def test_report_of_what_is_no_packed_folder(tmp_path):
     for folder, message in ((tmp_path, "unfinished"), (tmp_path / "none", "no such folder")):
         result = run("report", folder)

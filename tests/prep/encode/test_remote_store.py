@@ -245,6 +245,23 @@ def test_two_runs_to_one_address_are_not_mixed(bucket, lines, byte_level, monkey
     assert objects("packed/") == first[1]
 
 
+def test_a_full_temporary_folder_is_named_with_what_to_do(bucket, lines, byte_level, monkeypatch):
+    import errno
+
+    from prep import pipeline
+
+    def full(*arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/00000.arrow")
+
+    monkeypatch.setattr(pipeline, "materialize", full)
+    address, objects = bucket
+    result = CliRunner().invoke(main, pack_command(lines, f"{address}/packed", byte_level))
+    assert result.exit_code == 1
+    advice = "it is made there and then put: set TMPDIR to a folder with more room"
+    assert result.output == f"Error: /somewhere/00000.arrow: No space left on device; {advice}\n"
+    assert objects("packed/") == {}
+
+
 def test_a_copied_store_is_whole_or_refused(bucket, lines, tmp_path, byte_level, s3):
     address, objects = bucket
     with pytest.raises(ValueError, match="no finished document store"):
