@@ -16,8 +16,8 @@ from train.model.router import Router
 @dataclass(frozen=True)
 class ExpertLoad:
     """Of one step over all ranks, equal on all of them: `tokens` float64[layers with experts, E], how many chose each
-    expert; the sums of both losses over these layers, coefficients included; `dropped`, the choices that real tokens
-    made and that reached no expert."""
+    expert; the sums of both losses over these layers, coefficients included; `dropped`, how many rows fewer the experts
+    computed, counted where they did, than real tokens have choices."""
 
     layers: tuple[int, ...]
     tokens: torch.Tensor
@@ -43,37 +43,42 @@ class ExpertLoad:
         return record
 
 
-def routers(model: nn.Module) -> dict[int, Router]:
-    """The routers of the layers that this rank holds, by the number of the layer."""
+def mixtures(model: nn.Module) -> dict[int, MixtureOfExperts]:
+    """The mixtures of the layers that this rank holds, by the number of the layer."""
     return {
-        int(name): block.mlp.router
-        for name, block in model.layers.named_children()
-        if isinstance(block.mlp, MixtureOfExperts)
+        int(name): block.mlp for name, block in model.layers.named_children() if isinstance(block.mlp, MixtureOfExperts)
     }
 
 
+def routers(model: nn.Module) -> dict[int, Router]:
+    """Their routers."""
+    return {layer: mixture.router for layer, mixture in mixtures(model).items()}
+
+
 def take_load(model: nn.Module, config: ModelConfig, step_tokens: int) -> ExpertLoad | None:
-    """What the routers counted since the last call, summed over all ranks: once a step, collective. None for a model
-    without experts.
+    """What routers and experts counted since the last call, summed over all ranks: once a step, collective. None for a
+    model without experts.
 
     Every rank has routed tokens of its own (tensor-parallel ranks share theirs out), and a pipeline's ranks have other
-    layers: so the sum over the world counts each token of a layer once.
+    layers: so the sum over the world counts each token of a layer once. Its choices are computed on any ranks, each
+    once, too.
     """
     layers = tuple(i for i, layer in enumerate(config.layers) if layer.experts)
     if not layers:
         return None
-    mine = routers(model)
+    mine = mixtures(model)
     device = next(model.parameters()).device
-    counted = torch.zeros(len(layers), config.moe.num_experts + 2, dtype=torch.float64, device=device)
+    counted = torch.zeros(len(layers), config.moe.num_experts + 3, dtype=torch.float64, device=device)
     for row, layer in enumerate(layers):
         if layer in mine:
-            loads, losses = mine[layer].take()
-            counted[row] = torch.cat((loads.double(), losses.double())).to(device)
+            loads, losses = mine[layer].router.take()
+            values = (loads, losses, mine[layer].take_computed()[None])
+            counted[row] = torch.cat([value.to(counted) for value in values])
     dist.all_reduce(counted)
     counted = counted.cpu()
-    tokens, losses = counted[:, :-2], counted[:, -2:].sum(0).tolist()
+    tokens, (aux_loss, z_loss, computed) = counted[:, :-3], counted[:, -3:].sum(0).tolist()
     chosen = len(layers) * config.moe.top_k * step_tokens
-    return ExpertLoad(layers, tokens, losses[0], losses[1], chosen - int(tokens.sum().item()))
+    return ExpertLoad(layers, tokens, aux_loss, z_loss, chosen - int(computed))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ losses in them; without these losses they are those of transformers, document by
 
 import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from train.cut import choose_cut
 from train.data import PackedLoader, Schedule, open_shards
 from train.mesh import build_mesh
 from train.model.decoder import Decoder
+from train.parallel import ep
 from train.parallel.apply import parallelize
 from train.step import accumulate_gradients, sum_loss
 
@@ -173,6 +175,27 @@ def test_selective_recompute_beside_a_router_that_is_not_cast(places):
         config = Config(data=Data(batch_packs=6), model=model, router=BALANCED)
         cases.append((places["mixtral"], places["packed for 1"], config, torch.float32))
     assert run_ranks(changed_bits, 2, cases) == [[], []]
+
+
+def lossy_step(*case):
+    """(rows that every expert of this rank ignored, the load of the step): the last of what came in, each time."""
+    lost, complete = [], ep._expert_major
+
+    def incomplete(*args):
+        rows = complete(*args)
+        lost.append((rows.counts > 0).sum().item())
+        return replace(rows, counts=(rows.counts - 1).clamp(min=0))
+
+    ep._expert_major = incomplete
+    _, _, load = step(*case)
+    return sum(lost), load
+
+
+def test_tokens_that_reach_no_expert_are_counted(places):
+    config, shards, family, dtype = case(2, dtype=torch.float32)
+    lost, loads = zip(*run_ranks(lossy_step, 2, places[family], places[shards], config, dtype), strict=True)
+    assert all(n > 0 for n in lost)
+    assert [load.dropped for load in loads] == [sum(lost)] * 2
 
 
 def test_without_auxiliary_losses_they_are_those_of_the_documents(places, tmp_path):

@@ -21,8 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from train.config import Config
 from train.mesh import Mesh
-from train.model.experts import Experts
-from train.model.moe import MixtureOfExperts, Shared
+from train.model.moe import Compute, MixtureOfExperts, Shared
 from train.model.rows import Rows
 
 
@@ -72,7 +71,7 @@ class ExpertExchange:
         self.group, self.size = group, group.size()
 
     def __call__(
-        self, experts: Experts, x_TD: Tensor, weights_TK: Tensor, rows: Rows, shared: Shared
+        self, compute: Compute, x_TD: Tensor, weights_TK: Tensor, rows: Rows, shared: Shared
     ) -> tuple[Tensor, Tensor | None]:
         x_RD, counts_E = rows.gather(x_TD), rows.counts
         # From every rank, rank after rank, how many rows it sends to each of this rank's experts.
@@ -85,7 +84,7 @@ class ExpertExchange:
         arrived = _Depart.apply(x_RD, travel, sum(receive))
         shared_TD = shared()  # while the rows are on their way
         arrived = _Arrive.apply(arrived, travel)
-        computed = experts(arrived, None, _expert_major(arriving_E, self.size, len(arrived)))
+        computed = compute(arrived, None, _expert_major(arriving_E, self.size, len(arrived)))
 
         travel = Travel(receive, send, self.group)
         # As many rows as came in: those of padding were not sent, and mean nothing.

@@ -195,6 +195,28 @@ def test_recomputed_rows_count_once_and_evaluations_not(deepseek_dir):
     assert take_load_alone(model, 0).tokens.sum() == 0
 
 
+def test_choices_that_no_expert_computes_are_counted(deepseek_dir):
+    """A dispatch with a capacity of 3 rows an expert in the first layer, in training and recomputed."""
+    model = load(deepseek_dir)
+    mixture, excess = model.layers[0].mlp, []
+
+    def exchange(compute, x_TD, weights_TK, rows, shared):
+        kept = rows.counts.clamp(max=3)
+        excess.append((rows.counts - kept).sum().item())
+        return compute_here(compute, x_TD, weights_TK, replace(rows, counts=kept), shared)
+
+    mixture.exchange = exchange
+    ids, positions, labels, segments = pack(random_documents([20, 11], 320))
+    for recompute in (False, True):
+        excess.clear()
+        if recompute:
+            model.layers[0].forward = _recomputed(model.layers[0].forward)
+        model(ids, positions, segments, labels).backward()
+        assert excess == [excess[0]] * (1 + recompute)
+        assert take_load_alone(model, 31).dropped == excess[0] > 0
+        assert take_load_alone(model, 0).dropped == 0, "taken once"
+
+
 def _recomputed(forward):
     return lambda *args: torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
 
