@@ -73,7 +73,8 @@ class _Gather(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor | None, rows: Rows) -> Tensor:
-        ctx.save_for_backward(y_RD, weights_TK, *vars(rows).values())
+        # Only the gradient of the weights needs what they weigh.
+        ctx.save_for_backward(y_RD if weights_TK is not None else None, weights_TK, *vars(rows).values())
         return rows.sum(y_RD, weights_TK)
 
     @staticmethod

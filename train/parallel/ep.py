@@ -134,7 +134,7 @@ class _Depart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        out, work = ctx.travel.back
+        (out, work), ctx.travel.back = ctx.travel.back, None
         work.wait()
         return out, None, None
 
@@ -144,6 +144,7 @@ class _Arrive(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, travel: Travel) -> Tensor:
         ctx.travel = travel
         travel.forth.wait()
+        travel.forth = None  # it holds what was sent and received
         return x.view_as(x)
 
     @staticmethod

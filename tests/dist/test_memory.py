@@ -1,0 +1,93 @@
+"""The memory estimate of `prep plan` for a rank of a mesh, against the tensors of training steps on it."""
+
+import pytest
+import torch
+from peak_memory import PeakMemory
+
+from prep.inspect import memory as estimate
+from ranks import run_ranks
+from train.attention.interface import Segments
+from train.config import Config, Layout, Model, Optim, Router
+from train.mesh import build_mesh
+from train.model import experts
+from train.model.decoder import Decoder
+from train.model.families import model_config
+from train.model.initialize import init_weights
+from train.optim import build_optimizer
+from train.parallel.apply import parallelize
+from train.row import MicroBatch
+from train.step import accumulate_gradients
+
+TOKENS = 512
+DENSE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+MIXTURE = DENSE | {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def peak(content, config, rows, kernel):
+    """Bytes of all tensors of this rank at the highest point of two training steps of so many rows; `kernel`: experts
+    are computed as on a GPU, all with one kernel (torch has a slow one here)."""
+    if kernel:
+        experts.has_kernel = lambda x, weight: True
+    mesh = build_mesh(config.layout, torch.device("cpu"))
+    with torch.device("meta"):
+        model = Decoder(model_config(content))
+    model = parallelize(model, mesh, config)
+    model.to_empty(device="cpu")
+    init_weights(model, 0)
+    optimizer = build_optimizer(model, Optim())
+    tokens = TOKENS // mesh.cp_size
+    ids = torch.randint(0, content["vocab_size"], (tokens,))
+    row = MicroBatch(ids, ids, torch.arange(tokens), Segments.of([tokens]))
+    with PeakMemory() as memory:
+        for _ in range(2):
+            accumulate_gradients(model, [row] * rows, rows, TOKENS * rows)
+            optimizer.step()
+            optimizer.zero_grad()
+    return memory.bytes
+
+
+def check(world, content, rows, recompute, kernel, **axes):
+    router = Router(router_aux_loss=0.01) if content is MIXTURE else Router()
+    config = Config(model=Model(recompute=recompute), layout=Layout(**axes), router=router)
+    measured = max(run_ranks(peak, world, content, config, rows, kernel))
+    dp_shard = world // (axes.get("pp", 1) * axes.get("tp", 1))
+    layout = estimate.Layout(TOKENS, dp_shard=dp_shard, rows=rows, bytes=4, recompute=recompute, gpu=kernel, **axes)
+    assert estimate.memory(content, layout)["total"] == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("world", "content", "rows", "recompute", "kernel", "axes"),
+    [
+        (2, DENSE, 1, "none", False, {}),
+        (2, MIXTURE, 1, "none", True, {}),
+        (2, MIXTURE, 1, "none", True, {"ep": 2}),
+        (2, MIXTURE, 2, "selective", True, {"ep": 2}),
+        (4, MIXTURE, 1, "none", False, {"ep": 2}),
+    ],
+)
+def test_the_estimate_is_what_a_rank_takes(world, content, rows, recompute, kernel, axes):
+    check(world, content, rows, recompute, kernel, **axes)
