@@ -42,9 +42,9 @@ def save_weights(
     """Write `model` as a Hugging Face folder `out`, with configuration and tokenizer of the folder `source`.
 
     Collective: every rank calls it, rank 0 writes. `dtype` is that of the stored weights, by default that of the
-    parameters. Files hold up to `file_bytes`; several get an index. The folder appears whole: it is written under
-    another name and renamed, replacing an earlier export. Experts lie in it as they do in `source`. Tensors of other
-    pipeline stages are sent to rank 0, each when its turn comes.
+    parameters; a router's correction bias keeps its own. Files hold up to `file_bytes`; several get an index. The
+    folder appears whole: it is written under another name and renamed, replacing an earlier export. Experts lie in it
+    as they do in `source`. Tensors of other pipeline stages are sent to rank 0, each when its turn comes.
     """
     own = model.state_dict()
     described, holders = _everywhere(own)
@@ -126,7 +126,7 @@ def _plan_files(
     groups, used = [[]], 0
     for name, parts in tensors.items():
         size = sum(
-            parameters[p].numel() // len(sources[p].names) * (dtype or parameters[p].dtype).itemsize for p in parts
+            parameters[p].numel() // len(sources[p].names) * _stored(p, parameters[p], dtype).itemsize for p in parts
         )
         if groups[-1] and used + size > file_bytes:
             groups.append([])
@@ -138,11 +138,17 @@ def _plan_files(
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a parameter or buffer is written as. The correction bias of a router is not cast: it moves by steps of
+    0.001, which bfloat16 would round away beside scores near 1, and published files hold it in float32, too."""
+    return tensor.dtype if dtype is None or name.endswith(".correction_bias") else dtype
+
+
 def _assemble(name: str, parts: dict[str, tuple[Source, Tensor]], dtype: torch.dtype | None) -> Tensor:
     """The tensor `name` of the files from the whole parameters that make it up."""
     tensor = None
-    for source, parameter in parts.values():
-        parameter = parameter.to(dtype or parameter.dtype)
+    for part, (source, parameter) in parts.items():
+        parameter = parameter.to(_stored(part, parameter, dtype))
         if source.experts:
             parameter = parameter[source.names.index(name)]
         elif len(parts) > 1:
@@ -197,7 +203,7 @@ def _write_companions(
             shutil.copyfile(file, scratch / file.name)
     if len(files) > 1:
         where = {tensor: file for file, tensors in files.items() for tensor in tensors}
-        total = sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in parameters.values())
+        total = sum(tensor.numel() * _stored(name, tensor, dtype).itemsize for name, tensor in parameters.items())
         _write_json(scratch / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 

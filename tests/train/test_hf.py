@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from tiny_models import write_tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -79,6 +80,23 @@ def test_export_in_bfloat16_says_so(tiny_llama_dir, tmp_path):
     rounded = {name: tensor.bfloat16() for name, tensor in tensors(tiny_llama_dir).items()}
     assert equal(tensors(out), rounded)
     assert load_plain(out).norm.weight.dtype == torch.float32  # the model's type wins on reading
+
+
+@pytest.mark.parametrize("file_bytes", [5 << 30, 40_000])
+def test_a_correction_bias_is_never_rounded(tmp_path, file_bytes):
+    """It moves by steps that bfloat16 cannot hold beside scores near 1."""
+    source, out = write_tiny_model(tmp_path / "source", "deepseek_v3", vocab_size=320), tmp_path / "export"
+    model = load_plain(source)
+    bias = model.layers[0].mlp.router.correction_bias
+    bias.copy_(1 + torch.arange(len(bias)) * 0.001)
+    hf_write.save_weights(model, source, out, dtype=torch.bfloat16, file_bytes=file_bytes)
+    biases = {name for name in tensors(out) if name.endswith("e_score_correction_bias")}
+    assert {name for name, tensor in tensors(out).items() if tensor.dtype == torch.float32} == biases != set()
+    assert torch.equal(tensors(out)["model.layers.0.mlp.gate.e_score_correction_bias"], bias)
+    assert torch.equal(load_plain(out).layers[0].mlp.router.correction_bias, bias)
+    if (out / hf.INDEX).exists():
+        size = json.loads((out / hf.INDEX).read_text())["metadata"]["total_size"]
+        assert size == sum(tensor.nbytes for tensor in tensors(out).values())
 
 
 def test_export_replaces_an_earlier_one_and_leaves_nothing_behind(tiny_llama_dir, tmp_path):

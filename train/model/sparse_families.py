@@ -113,7 +113,9 @@ def _qwen2_moe(keys: Keys) -> ModelConfig:
 
 
 def _qwen3_moe(keys: Keys) -> ModelConfig:
-    """A window, where it is on, holds in every layer."""
+    """A window, where it is on, holds in every layer. Qwen3-Coder writes down three things that are always so."""
+    for key, value in (("use_qk_norm", True), ("qkv_bias", False), ("shared_expert_intermediate_size", 0)):
+        keys.only(key, value)
     window = keys.take("sliding_window", None) if keys.take("use_sliding_window", False) else None
     for key in ("sliding_window", "max_window_layers"):
         keys.take(key, None)

@@ -107,6 +107,24 @@ PHI4_MINI = plain(
     sliding_window=262144,
     tie_word_embeddings=True,
 ) | {"max_position_embeddings": 131072, "rope_theta": 10000.0}
+QWEN3_CODER = plain(
+    *("qwen3_moe", "Qwen3MoeForCausalLM", 2048, 48, 32, 4, 5472, 151936),
+    decoder_sparse_step=1,
+    head_dim=128,
+    max_window_layers=28,
+    mlp_only_layers=[],
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+    num_experts=128,
+    num_experts_per_tok=8,
+    output_router_logits=False,
+    qkv_bias=False,
+    router_aux_loss_coef=0.0,
+    shared_expert_intermediate_size=0,
+    sliding_window=None,
+    use_qk_norm=True,
+    use_sliding_window=False,
+)
 PUBLISHED = {  # config.json, layers with a window
     "gemma-2-2b": (gemma2(2304, 26, 8, 4, 9216), 13),
     "gemma-2-9b": (gemma2(3584, 42, 16, 8, 14336, sliding_window_size=4096), 21),
@@ -152,6 +170,7 @@ PUBLISHED = {  # config.json, layers with a window
         ),
         11,
     ),
+    "qwen3-coder-30b-a3b": (QWEN3_CODER, 0),
     "gpt-oss-20b before layer_types": (
         plain(
             *("gpt_oss", "GptOssForCausalLM", 2880, 24, 64, 8, 2880, 201088),
@@ -187,6 +206,9 @@ def test_a_published_config_is_read_with_every_window_where_it_belongs(name, tmp
         ("gemma-2-9b", "sliding_window_size", 512),
         ("phi-4-mini", "full_attn_mod", 2),
         ("phi-4-mini", "lm_head_bias", True),
+        ("qwen3-coder-30b-a3b", "use_qk_norm", False),
+        ("qwen3-coder-30b-a3b", "qkv_bias", True),
+        ("qwen3-coder-30b-a3b", "shared_expert_intermediate_size", 512),
     ],
 )
 def test_a_feature_that_is_not_there_is_refused_as_soon_as_it_matters(name, key, value):
