@@ -106,8 +106,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: no such folder of packed shards; restore it from a copy, or make it with prep pack"
         )
     if not path.is_file():
-        inner = [name for name in ("train", "eval") if (folder / name / MANIFEST_NAME).is_file()]
-        if inner:
+        inner = [name for name in ("train", "eval") if (folder / name).is_dir()]
+        if any((folder / name / MANIFEST_NAME).is_file() for name in inner):
             raise ValueError(
                 f"{folder}: holds the packed folders {' and '.join(inner)}; name one, e.g. {folder / inner[0]}"
             )

@@ -25,6 +25,7 @@ from prep.encode.storage import fetch_store, read_remote_store
 from prep.encode.store import DocumentStore, read_store
 from prep.inspect.report import PAGE_NAME, REPORT_NAME, write_reports
 from prep.inspect.subject import is_packed
+from prep.inspect.verify import verify
 from prep.ledger import LEDGER_NAME
 from prep.materialize import Layout, materialize
 from prep.plan import PackOptions, make_plan
@@ -237,6 +238,8 @@ def _write_part(name, rows, options, plan, store, origin, out, output, workers, 
     if (folder / MANIFEST_NAME).exists():
         if read_manifest(folder).options["plan"] != essentials["plan"]:
             raise ValueError(f"{folder}: was finished with other options or input; remove {out}, or name another --out")
+        if problems := verify(folder).problems:
+            raise ValueError(f"{problems[0]} (to make it anew, remove {folder} and go on with --resume)")
         return folder
     with progress.stage(f"writing {folder}", "packs") as update:
         written = 0

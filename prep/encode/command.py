@@ -148,6 +148,8 @@ def sources_of(inputs: tuple, mix: str | None, columns: tuple[str, ...], given: 
     if mix:
         from prep.encode.mix_file import read_mix
 
+        if columns or given["input_format"] or given["text_by"] != "line":
+            raise click.UsageError("with --mix each source has its own columns, format and text_by, in the file")
         return read_mix(mix)
     return as_sources(inputs, format=given["input_format"], text_by=given["text_by"], columns=_columns(columns))
 

@@ -147,3 +147,20 @@ def test_resume_takes_over_nothing_that_is_not_proven(source, tokenizer, tmp_pat
     assert f"{bad}: what the interrupted run left" in result.stderr
     assert tree(out) == tree(whole)
     assert (good.stat().st_mtime_ns, good.stat().st_ino) == stamp
+
+
+def test_a_part_that_was_finished_is_looked_at_before_it_counts(source, tokenizer, tmp_path):
+    options = ["--eval-fraction", 0.1, "--shard-size", "8K"]
+    whole = packed(source, tmp_path / "whole", tokenizer, *options)
+    out = packed(source, tmp_path / "out", tokenizer, *options)
+    (out / "eval" / "manifest.json").unlink()
+    damaged = sorted((out / "train" / "shards").iterdir())[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    arguments = ["pack", source, "--out", out, "--tokenizer", tokenizer, "--seq-len", 256, "--resume", "--no-page"]
+    result = run(*arguments, *options)
+    assert result.exit_code == 1
+    assert f"Error: {damaged}: damaged (its bytes changed)" in result.output
+    assert f"(to make it anew, remove {out / 'train'} and go on with --resume)" in result.output
+    shutil.rmtree(out / "train")
+    assert run(*arguments, *options).exit_code == 0
+    assert tree(out) == tree(whole)

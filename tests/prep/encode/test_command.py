@@ -38,6 +38,10 @@ def test_the_command(tmp_path, byte_level):
     result = CliRunner().invoke(command, ["--out", "x", "--tokenizer", "y"])
     assert result.exit_code == 2
     assert "either INPUTS or --mix" in result.output
+    for useless in (["--column", "text=body"], ["--input-format", "csv"], ["--text-by", "document"]):
+        result = CliRunner().invoke(command, ["--mix", "m.yaml", "--out", "x", "--tokenizer", "y", *useless])
+        assert result.exit_code == 2
+        assert "with --mix each source has its own columns, format and text_by, in the file" in result.output
 
 
 def test_turns_that_cannot_be_trained_stand_in_ledger_summary_and_lint(tmp_path, byte_level):

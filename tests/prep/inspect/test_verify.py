@@ -386,6 +386,8 @@ def test_a_part_without_a_manifest_is_named_and_rebuilt(two_parts, tmp_path, par
         ), result.output
     assert run("convert", out, "--to", "seqid", "--out", tmp_path / "converted").exit_code == 1
     assert not (tmp_path / "converted").exists()
+    with pytest.raises(ValueError, match=r"holds the packed folders train and eval; name one, e\.g\. .*train$"):
+        PackedDataset(out)
     assert run("verify", out, "--rebuild").exit_code == 0
     assert json.loads(lost)["fingerprint"] == read_manifest(out / part).fingerprint
 
