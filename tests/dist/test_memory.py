@@ -82,12 +82,30 @@ def check(world, content, rows, recompute, kernel, **axes):
 @pytest.mark.parametrize(
     ("world", "content", "rows", "recompute", "kernel", "axes"),
     [
-        (2, DENSE, 1, "none", False, {}),
-        (2, MIXTURE, 1, "none", True, {}),
         (2, MIXTURE, 1, "none", True, {"ep": 2}),
         (2, MIXTURE, 2, "selective", True, {"ep": 2}),
-        (4, MIXTURE, 1, "none", False, {"ep": 2}),
+        (4, MIXTURE, 4, "full", True, {"ep": 2, "pp": 2}),
     ],
 )
 def test_the_estimate_is_what_a_rank_takes(world, content, rows, recompute, kernel, axes):
+    check(world, content, rows, recompute, kernel, **axes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "content", "rows", "recompute", "kernel", "axes"),
+    [
+        (2, DENSE, 1, "none", False, {}),
+        (2, DENSE, 2, "full", False, {}),
+        (2, MIXTURE, 1, "none", True, {}),
+        (4, MIXTURE, 1, "none", False, {"ep": 2}),
+        (2, DENSE, 4, "none", False, {"pp": 2}),
+        (2, MIXTURE, 4, "none", True, {"pp": 2}),
+        (2, MIXTURE, 4, "selective", False, {"pp": 2}),
+        (2, MIXTURE, 1, "none", True, {"tp": 2, "ep": 2}),
+        (4, MIXTURE, 1, "full", True, {"ep": 2}),
+        (4, MIXTURE, 2, "selective", False, {"ep": 2}),
+    ],
+)
+def test_the_estimate_is_what_a_rank_takes_on_more_meshes(world, content, rows, recompute, kernel, axes):
     check(world, content, rows, recompute, kernel, **axes)

@@ -11,6 +11,7 @@ from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 
 from train.attention.interface import Segments  # noqa: E402
 from train.config import Optim, build  # noqa: E402
+from train.model import experts  # noqa: E402
 from train.model.decoder import Decoder  # noqa: E402
 from train.model.families import model_config  # noqa: E402
 from train.optim import build_optimizer  # noqa: E402
@@ -74,6 +75,19 @@ DENSE = {
 }
 
 
+MIXTURE = DENSE | {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "head_dim": 16,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
 def tracked(config: dict, tokens: int, recompute: str, rows: int) -> int:
     """Bytes of all tensors at the highest point of the second training step of `rows` rows."""
     torch.manual_seed(0)
@@ -97,12 +111,24 @@ def tracked(config: dict, tokens: int, recompute: str, rows: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "rows", "tokens"), [("none", 1, 1024), ("selective", 2, 1024), ("full", 1, 1024)]
+    ("config", "recompute", "rows", "kernel"),
+    [
+        (DENSE, "none", 1, False),
+        (DENSE, "selective", 2, False),
+        (DENSE, "full", 1, False),
+        (MIXTURE, "none", 1, False),
+        (MIXTURE, "selective", 2, False),
+        (MIXTURE, "full", 1, False),
+        (MIXTURE, "none", 2, True),
+        (MIXTURE, "selective", 1, True),
+        (MIXTURE, "full", 2, True),
+    ],
 )
-def test_the_estimate_is_what_a_tracked_step_takes(recompute, rows, tokens):
-    layout = Layout(tokens, rows=rows, bytes=4, recompute=recompute, gpu=False)
-    estimate = memory(DENSE, layout)["total"]
-    assert estimate == pytest.approx(tracked(DENSE, tokens, recompute, rows), rel=0.1)
+def test_the_estimate_is_what_a_tracked_step_takes(config, recompute, rows, kernel, monkeypatch):
+    monkeypatch.setattr(experts, "has_kernel", lambda x, weight: kernel)
+    layout = Layout(1024, rows=rows, bytes=4, recompute=recompute, gpu=kernel)
+    estimate = memory(config, layout)["total"]
+    assert estimate == pytest.approx(tracked(config, 1024, recompute, rows), rel=0.1)
 
 
 def test_axes_divide_what_they_should():
@@ -111,7 +137,7 @@ def test_axes_divide_what_they_should():
     sparse["moe_intermediate_size"] = 64
     for config in (dense, sparse):
         one = memory(config, Layout(4096))
-        for axes in ({"dp_shard": 4}, {"cp": 4}, {"tp": 4}, {"dp_shard": 2, "tp": 2}, {"pp": 2, "dp_shard": 2}):
+        for axes in ({"dp_shard": 4}, {"cp": 4}, {"tp": 4}, {"dp_shard": 2, "tp": 2}):
             many = memory(config, Layout(4096, **axes))
             assert many["optimizer"] == pytest.approx(one["optimizer"] / 4, rel=0.15), axes
         replicas = memory(config, Layout(4096, dp_replicate=4))
@@ -126,8 +152,11 @@ def test_axes_divide_what_they_should():
     # Tensor ranks are data ranks of the experts: ep may span them, and no matrix of an expert is cut.
     cut, whole = (memory(sparse, Layout(4096, tp=4, ep=ep)) for ep in (4, 1))
     assert cut["optimizer"] == whole["optimizer"] == memory(sparse, Layout(4096, tp=2, dp_shard=2, ep=4))["optimizer"]
+    # The last of stages of 5 and 3 layers, which has the head.
     pipelines = [memory(sparse, Layout(4096, pp=2, dp_shard=2, tp=2, ep=ep))["gathered"] for ep in (1, 4)]
-    assert pipelines[0] - pipelines[1] == 2 * 4 * experts * 3 // 4
+    assert pipelines[0] - pipelines[1] == 2 * 3 * experts * 3 // 4
+    with pytest.raises(ValueError, match="--pp 9 makes more stages than the 8 layers"):
+        memory(dense, Layout(4096, pp=9))
     kept = {recompute: memory(dense, Layout(4096, recompute=recompute)) for recompute in RECOMPUTE}
     none, selective, full = (kept[recompute]["activations"] for recompute in RECOMPUTE)
     assert none > 1.5 * selective > 3 * full
