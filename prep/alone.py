@@ -48,7 +48,7 @@ def _locked(out: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise ValueError(
-                f"--out {out}: another prep pack is writing there; wait for it, or name another folder"
+                f"--out {out}: another prep is writing there; wait for it, or name another folder"
             ) from None
         except FileNotFoundError:
             pass

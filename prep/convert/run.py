@@ -7,6 +7,7 @@ from pathlib import Path
 from formats.dataset import PackedDataset
 from formats.manifest import is_compressed
 from formats.schema import KINDS
+from prep.alone import alone
 from prep.convert.megatron import write_bridge, write_megatron
 from prep.convert.native import write_native
 from prep.convert.saved import write_automodel, write_hf
@@ -22,26 +23,25 @@ FOREIGN: dict[str, Callable[[PackedDataset, Path], None]] = {
 def convert(folder: Path, out: Path, to: str, workers: int = 1) -> int:
     """Write the packs of `folder` to `out` as one of `KINDS` or `FOREIGN`; returns the number of packs.
 
-    The work is done in a folder beside `out`, which takes its name at the end: `out` exists only when it is whole.
-    `workers` share the shards of a native kind. Raises ValueError for a damaged folder, for an `out` that is not empty,
-    and for a conversion to the same kind of shards that are not compressed.
+    The work is done in a folder beside `out`, which takes its name at the end: `out` is empty until it is whole.
+    `workers` share the shards of a native kind. Raises ValueError for a damaged folder, for an `out` that is not empty
+    or that another process writes, and for a conversion to the same kind of shards that are not compressed.
     """
     dataset = PackedDataset(folder)
     if to == dataset.manifest.kind and not is_compressed(dataset.manifest):
         raise ValueError(f"{folder} is {to} already; name another --to")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} already exists; name an empty or new folder")
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if to in KINDS:
-            write_native(dataset, unfinished, to, workers)
-        else:
-            FOREIGN[to](dataset, unfinished)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
+    with alone(out):
+        if any(out.iterdir()):
+            raise ValueError(f"--out {out} already exists; name an empty or new folder")
+        unfinished = out.with_name(out.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            if to in KINDS:
+                write_native(dataset, unfinished, to, workers)
+            else:
+                FOREIGN[to](dataset, unfinished)
+            out.rmdir()
+            unfinished.rename(out)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return len(dataset)

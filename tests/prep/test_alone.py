@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packing_runs import packed, run, tree
 
+import prep.convert.run
 import prep.pipeline
 from prep.alone import alone
 
@@ -40,9 +41,27 @@ def test_a_second_run_into_the_folder_of_one_at_work_is_refused(source, tokenize
     monkeypatch.setattr(prep.pipeline, "materialize", meanwhile)
     packed(source, out, tokenizer)
     named = link if linked else out
-    sentence = f"Error: --out {named}: another prep pack is writing there; wait for it, or name another folder\n"
+    sentence = f"Error: --out {named}: another prep is writing there; wait for it, or name another folder\n"
     assert refused == [sentence] * 3
     assert tree(out) == tree(whole)
+
+
+def test_a_second_conversion_into_the_folder_of_one_at_work_is_refused(source, tokenizer, tmp_path, monkeypatch):
+    folder = packed(source, tmp_path / "packed", tokenizer)
+    write, refused = prep.convert.run.write_native, []
+    arguments = ["convert", folder, "--to", "seqid", "--out", tmp_path / "out", "--workers", 1]
+
+    def meanwhile(*given):
+        write(*given)
+        refused.append(run(*arguments).output)
+
+    monkeypatch.setattr(prep.convert.run, "write_native", meanwhile)
+    assert run(*arguments).exit_code == 0
+    assert refused == [
+        f"Error: --out {tmp_path / 'out'}: another prep is writing there; wait for it, or name another folder\n"
+    ]
+    assert run("verify", tmp_path / "out").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"packed", "packed.store", "out"}
 
 
 def test_the_lock_goes_with_its_process(tmp_path):
@@ -50,7 +69,7 @@ def test_the_lock_goes_with_its_process(tmp_path):
     code += "with alone(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "out"], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match="another prep pack is writing there"), alone(tmp_path / "out"):
+    with pytest.raises(ValueError, match="another prep is writing there"), alone(tmp_path / "out"):
         pass
     assert (tmp_path / "out").is_dir(), "whoever is refused takes nothing away"
     process.send_signal(signal.SIGKILL)
@@ -96,5 +115,5 @@ def test_a_folder_that_is_taken_away_between_its_opening_and_its_lock_is_made_ag
     monkeypatch.setattr(fcntl, "flock", late)
     with alone(tmp_path / "out"):
         assert done
-        with pytest.raises(ValueError, match="another prep pack"), alone(tmp_path / "out"):
+        with pytest.raises(ValueError, match="another prep"), alone(tmp_path / "out"):
             pass
