@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
+from operator import itemgetter
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from prep.encode.masks import Rendering
 from prep.encode.templates import FRAME_WORD, ChatTemplate, MarkedChat
 
 _MAX_ORDERS = 4096
+_ROLE_OF, _CONTENT_OF = itemgetter("role"), itemgetter("content")
 
 # Filters and methods that look at nothing of a content but its edges, and those meant for lists and objects.
 _EDGE_FILTERS = {"trim", "string", "safe"}
@@ -131,8 +133,8 @@ class DirectRenderer:
         """The rendering, or None where these are no plain messages or their order of roles is new."""
         # Chats may be of thousands of short messages: no step here runs Python code for each.
         try:
-            frame = self._frames.get(tuple([message["role"] for message in messages]))
-            contents = [message["content"] for message in messages]
+            frame = self._frames.get(tuple(map(_ROLE_OF, messages)))
+            contents = list(map(_CONTENT_OF, messages))
         except (KeyError, TypeError):
             return None
         if frame is None or (bare := self._bare(messages, contents)) is None:

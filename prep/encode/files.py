@@ -14,6 +14,7 @@ import pyarrow as pa
 import xxhash
 
 _BLOCK = 1 << 20
+_BUFFER = 1 << 16  # a file of this machine: lines reach over the edge of Python's 8 KiB too often
 _GLOB = frozenset("*?[")
 COMPRESSIONS = (".gz", ".zst")
 
@@ -196,7 +197,7 @@ def open_binary(path: str, streaming: bool = False) -> Iterator[BinaryIO]:
         with file, io.BufferedReader(_Addressed(file, path), _BLOCK) as buffered:
             yield buffered
     else:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=_BUFFER) as file:
             yield file
 
 

@@ -75,6 +75,20 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which is asked once about an attribute of a kind of object: it looks at nothing else."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._safe: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj, attr, value):
+        safe = self._safe.get((type(obj), attr))
+        if safe is None:
+            safe = self._safe[type(obj), attr] = super().is_safe_attribute(obj, attr, value)
+        return safe
+
+
 class ChatTemplate:
     """A compiled chat template.
 
@@ -89,7 +103,7 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict(special_tokens)
         self._date = datetime.fromisoformat(date) if date else None
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
