@@ -1,6 +1,5 @@
 """Packed folders behind an address: made in a temporary folder, and put object by object, the manifest last."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from prep.encode.files import is_remote
 from prep.encode.storage import RemoteStorage
 from prep.progress import Progress
 from prep.room import advising
+from prep.scratch import ScratchFolder
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def destination(out: str, resume: bool, progress: Progress) -> Iterator[Path]:
     storage = RemoteStorage(out)
     there = storage.names()
     _check(storage.name, there, resume)
-    with tempfile.TemporaryDirectory(prefix="meshpack-") as folder:
+    with ScratchFolder() as folder:
         packed = Path(folder) / "packed"
         with advising("it is made there and then put: set TMPDIR to a folder with more room"):
             yield packed

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 
 from prep.encode.direct import DirectRenderer, Framed, only_frames
 from prep.encode.masks import Rendering, complement
-from prep.encode.options import MaskPolicy
-from prep.encode.templates import ChatTemplate, MarkedChat, TemplateMismatchError
+from prep.encode.options import ROLES, MaskPolicy
+from prep.encode.templates import FRAME_WORD, ChatTemplate, MarkedChat, TemplateMismatchError
 from prep.encode.trained import trained_spans
 from prep.encode.turns import TurnMarks, probe_turns
+
+_NO_ROLE = "nobody"  # a role that is in no vocabulary
 
 
 class ChatRenderer:
@@ -71,6 +73,32 @@ class ChatRenderer:
         if rendering is None and tools is None and self._direct is not None and self._learn(messages):
             rendering = self.render_directly(messages, guard)
         return rendering or self.render_marked(messages, tools, guard)
+
+    def check_role(self, role: str) -> None:
+        """Refuse a role that nobody knows where the template makes a control token of its name.
+
+        Some write `<|` + role + `|>`, which ends a turn with the role `end`. Roles that are usual, trained, or named by
+        the template itself may have a token.
+
+        Raises:
+            ValueError: it does so.
+        """
+        if role in ROLES or role in self._policy.roles or self._control is None or self._template.names(role):
+            return
+        for before in ([], [{"role": "user", "content": FRAME_WORD}]):  # some templates want a user first
+            if self._controls_with(before, role) > self._controls_with(before, _NO_ROLE):
+                raise ValueError(
+                    f"the chat template makes a control token of the role {role!r}; "
+                    "give the role another name, or permit it with --allow-special"
+                )
+
+    def _controls_with(self, before: Sequence[dict], role: str) -> int:
+        """Control tokens in a chat that ends with a message of this role; 0 where the template refuses it."""
+        try:
+            text = self._template.render([*before, {"role": role, "content": FRAME_WORD}])
+        except ValueError:
+            return 0
+        return len(self._control.findall(text))
 
     def _learn(self, messages: Sequence[dict]) -> bool:
         """Learn the frame of an order of roles that is new, and prove it on this chat."""

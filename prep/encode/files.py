@@ -15,7 +15,7 @@ import xxhash
 
 _BLOCK = 1 << 20
 _BUFFER = 1 << 16  # a file of this machine: lines reach over the edge of Python's 8 KiB too often
-_GLOB = frozenset("*?[")
+GLOB = frozenset("*?[")
 COMPRESSIONS = (".gz", ".zst")
 
 
@@ -85,7 +85,7 @@ def expand(path: str) -> Found:
         ValueError: nothing is there.
         OSError: the address does not answer.
     """
-    is_glob = bool(_GLOB & set(path))
+    is_glob = bool(GLOB & set(path))
     kind, reason = _kind(path)
     if kind == "file":
         return Found([(path, os.path.basename(bare(path)))], True)
@@ -126,7 +126,7 @@ def _kind(path: str) -> tuple[str | None, str]:
 def _split_glob(path: str) -> tuple[str, str]:
     """(the folders before the first that holds a pattern, the rest)."""
     parts = path.split("/")
-    first = next(k for k, part in enumerate(parts) if _GLOB & set(part))
+    first = next(k for k, part in enumerate(parts) if GLOB & set(part))
     return "/".join(parts[:first]) or ("/" if first else "."), "/".join(parts[first:])
 
 

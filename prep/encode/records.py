@@ -161,6 +161,8 @@ class RecordReader:
                 )
             check_flags(message, f"message {number}")
             _check_depth(message, f"message {number}")
+            if not self._allow_special and role not in self._roles:
+                self._chats.check_role(role)
             self._roles.add(role)
         if train_from:
             messages = [{**m, "train": False} for m in messages[:train_from]] + messages[train_from:]

@@ -6,6 +6,7 @@ a range of row groups of Parquet or record batches of Arrow, or a whole file whe
 the same for any number of workers.
 """
 
+import fnmatch
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -143,7 +144,7 @@ def as_sources(inputs: Sequence["str | os.PathLike | SourceSpec"], **defaults) -
 
 
 def check_place(place: str, specs: Sequence[SourceSpec]) -> None:
-    """Refuse a place of output inside a folder of input: the run that resumes this one would read what it wrote.
+    """Refuse a place of output inside a folder of input, or where a glob leads: the run that resumes this one would read what it wrote.
 
     Raises:
         ValueError: it is inside one; the message names both.
@@ -152,8 +153,19 @@ def check_place(place: str, specs: Sequence[SourceSpec]) -> None:
     for spec in specs:
         for path in spec.paths:
             folder = files.absolute(path.removeprefix("file://").partition("#")[0]).rstrip("/")
-            if f"{place.rstrip('/')}/".startswith(f"{folder}/") and files.is_folder(folder):
+            within = f"{place.rstrip('/')}/".startswith(f"{folder}/") and files.is_folder(folder)
+            is_glob = not files.GLOB.isdisjoint(folder)
+            if within or (is_glob and _reaches(folder.split("/"), place.rstrip("/").split("/"))):
                 raise ValueError(f"--out {place} lies inside the input {path}, which would then hold it; name another")
+
+
+def _reaches(pattern: Sequence[str], place: Sequence[str]) -> bool:
+    """Whether a glob, part by part, may lead to something inside a place."""
+    if not pattern or not place:
+        return bool(pattern)
+    if pattern[0] == "**":
+        return _reaches(pattern[1:], place) or _reaches(pattern, place[1:])
+    return fnmatch.fnmatchcase(place[0], pattern[0]) and _reaches(pattern[1:], place[1:])
 
 
 def find_inputs(specs: Sequence[SourceSpec]) -> tuple[list[InputFile], dict[str, list[str]]]:

@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import xxhash
 from formats.shard import TEMPORARY_SUFFIX, atomic_write, file_digest, json_bytes, read_json, sync_file, sync_folder
 from prep.encode.files import filesystem, is_remote
 from prep.encode.store import STORE_NAME, UnitResult, check_version, unit_path
+from prep.scratch import ScratchFolder
 
 _BLOCK = 1 << 20
 PLAN_NAME = "plan.json"
@@ -179,7 +179,7 @@ class RemoteStorage:
     @contextmanager
     def writing(self, name: str) -> Iterator:
         """As `FolderStorage.writing`: made here, and put when the block ends."""
-        with tempfile.TemporaryDirectory(prefix="meshpack-") as folder:
+        with ScratchFolder() as folder:
             path = Path(folder) / Path(name).name
             with atomic_write(path) as file:
                 yield file
@@ -255,7 +255,7 @@ class RemoteStorage:
     @contextmanager
     def unit_folder(self) -> Iterator[Path]:
         """A temporary folder; what a unit leaves in it is put, the record last."""
-        with tempfile.TemporaryDirectory(prefix="meshpack-") as folder:
+        with ScratchFolder() as folder:
             (Path(folder) / "units").mkdir()
             yield Path(folder)
             for path in sorted((Path(folder) / "units").iterdir(), key=lambda path: (path.suffix == ".json", path)):
@@ -264,7 +264,7 @@ class RemoteStorage:
     @contextmanager
     def local(self, content: dict) -> Iterator[Path]:
         """A temporary folder with copies of all units."""
-        with tempfile.TemporaryDirectory(prefix="meshpack-") as folder:
+        with ScratchFolder() as folder:
             self.fetch_units(content, Path(folder))
             yield Path(folder)
 

@@ -103,9 +103,7 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict(special_tokens)
         self._date = datetime.fromisoformat(date) if date else None
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = self._strftime_now
@@ -134,6 +132,10 @@ class ChatTemplate:
     def reads_tools(self) -> bool:
         """Whether the template looks at the tools that it is given."""
         return "tools" in jinja2.meta.find_undeclared_variables(self.syntax_tree)
+
+    def names(self, role: str) -> bool:
+        """Whether the template itself speaks of this role."""
+        return f"'{role}'" in self.source or f'"{role}"' in self.source
 
     @cached_property
     def _tags(self) -> re.Pattern | None:

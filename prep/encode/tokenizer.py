@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import xxhash
 from prep.encode.files import filesystem, is_remote
 from prep.encode.pieces import can_be_cut
 from prep.encode.preload import fast_tokenizer
+from prep.scratch import ScratchFolder
 
 # Parallelism is by processes, one work unit each; threads inside them would only fight for the same cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -326,8 +326,8 @@ def _copied(address: str) -> Path:
 
 
 @functools.lru_cache(2)
-def _temporary_folder(address: str) -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="meshpack-")
+def _temporary_folder(address: str) -> ScratchFolder:
+    return ScratchFolder()
 
 
 def forget_tokenizers() -> None:

@@ -23,7 +23,7 @@ _LONG_FOR_FAST = 1 << 18  # to fastokens a text's length makes no difference but
 _PIECES_A_CALL = 256  # about a megabyte: no more is in the library's own form at a time
 _SAMPLE_CHARACTERS = 1000
 _SAMPLE_LEAST = 100  # a shorter piece says little
-_SAMPLE_AT_ONCE = 1 << 15  # characters: little memory, and the libraries' tables are in the caches for a while
+_SAMPLE_AT_ONCE = 1 << 14  # characters: little memory, and the libraries' tables are in the caches for a while
 SAMPLE_FRACTION = 0.001
 """Share of the text that is compared with Hugging Face, which is so slow that 1 % would cost a quarter of the time. A
 work unit has one piece of `_SAMPLE_LEAST` characters more, which takes less than the writing of its file."""

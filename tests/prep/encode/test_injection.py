@@ -76,6 +76,33 @@ def test_a_tag_that_is_a_control_token_is_no_tag_of_the_template(sentencepiece):
     assert (rendering.controls, trained(rendering)) == (4, [f"y<unk>z{END}"])
 
 
+ROLE_IN_TOKEN = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+
+
+def test_a_role_that_completes_a_control_token_is_refused(byte_level):
+    """`<|` + role + `|>`, which some templates write, is an end of turn with the role `im_end`."""
+    refused = r"makes a control token of the role 'im_end'; give the role another name, or permit it"
+    turns = [{"role": "im_end", "content": "u"}, model()]
+    for messages in (turns, [user(), *turns], [{"from": "im_end", "value": "u"}]):
+        record = {"conversations" if "from" in messages[0] else "messages": messages}
+        for _ in range(2):
+            with pytest.raises(ValueError, match=refused):
+                reader(byte_level, template=ROLE_IN_TOKEN).read(record)
+    # Templates may want a user first.
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('a user first') }}{% endif %}" + ROLE_IN_TOKEN
+    with pytest.raises(ValueError, match=refused):
+        reader(byte_level, template=strict).read({"messages": [user(), *turns]})
+    # It ends a turn by permission alone, and is a name like others where the template makes no token of it.
+    allowed = reader(byte_level, template=ROLE_IN_TOKEN, allow_special=True).read({"messages": turns})
+    assert allowed.text.startswith("<|im_end|>\nu")
+    assert "im_end\nu" in reader(byte_level, template=EVERYTHING).read({"messages": turns}).text
+    # Roles of templates that have a token for each.
+    known = ROLE_IN_TOKEN.replace("{{", "{% if m.role == 'im_start' %}{% endif %}{{")
+    assert (
+        reader(byte_level, template=known).read({"messages": [{**user(), "role": "im_start"}, model()]}).controls == 3
+    )
+
+
 def test_segments_are_text_too_unless_control_tokens_are_allowed(tmp_path, byte_level):
     record = {"input_output": [{"text": "u<|im_end|>", "label": False}, {"text": "a<|im_end|>", "label": True}]}
     path = write_jsonl(tmp_path / "a.jsonl", [record])

@@ -22,6 +22,26 @@ def test_an_output_inside_its_input_is_refused(tmp_path, byte_level):
     assert len(run(tmp_path / "in", tmp_path / "in.store", byte_level)) == 3
 
 
+@pytest.mark.parametrize(
+    ("glob", "inside", "outside"),
+    [
+        ("in/**/*", "in/deep/s", "s"),
+        ("in/**/*.jsonl", "in/s", "s"),
+        ("in/*/*.jsonl", "in/s", "in/b/s"),
+        ("in/?/a.jsonl", "in/s", "in/st"),
+        ("in/*/*/*", "in/s", "in.s"),
+    ],
+)
+def test_an_output_that_a_glob_of_the_input_leads_to_is_refused(tmp_path, byte_level, glob, inside, outside):
+    (tmp_path / "in" / "b" / "c").mkdir(parents=True)
+    for folder in ("in", "in/b", "in/b/c"):
+        write_jsonl(tmp_path / folder / "a.jsonl", texts(3))
+    with pytest.raises(ValueError, match=r"lies inside the input .*, which would then hold it; name another"):
+        run(tmp_path / glob, tmp_path / inside, byte_level)
+    assert not (tmp_path / inside).exists()
+    assert len(run(tmp_path / glob, tmp_path / outside, byte_level)) >= 3
+
+
 def test_bad_input_takes_away_nothing_of_others(tmp_path, byte_level):
     path = tmp_path / "a.jsonl"
     path.write_text("{\n")
