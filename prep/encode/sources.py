@@ -144,7 +144,8 @@ def as_sources(inputs: Sequence["str | os.PathLike | SourceSpec"], **defaults) -
 
 
 def check_place(place: str, specs: Sequence[SourceSpec]) -> None:
-    """Refuse a place of output inside a folder of input, or where a glob leads: the run that resumes this one would read what it wrote.
+    """Refuse a place of output inside a folder of input, or where a glob leads: the run that resumes this one would
+    read what it wrote.
 
     Raises:
         ValueError: it is inside one; the message names both.
