@@ -25,6 +25,15 @@ NOT_NEGATIVE = (
     *("router_aux_loss", "router_z_loss", "router_bias_rate", "router_log_every"),
     *("eval_every", "eval_packs", "save_every", "keep", "prefetch", "peak_tflops", "profile"),
 )
+MEANS_OF = {
+    "pp_schedule": "pp",
+    "pp_split": "pp",
+    "cp_method": "cp",
+    "tp_plan": "tp",
+    "sp": "tp",
+    "compile_backend": "compile",
+}
+"""Flags that say how another works, and mean nothing without it."""
 
 
 def check(config: Config) -> None:
@@ -43,6 +52,12 @@ def check(config: Config) -> None:
         raise ValueError(f"--dp-shard must be at least 1, or -1 for all ranks left, not {config.layout.dp_shard}")
     if not (config.optim.beta1 < 1 and config.optim.beta2 < 1):
         raise ValueError(f"--beta1 and --beta2 must be below 1, not {config.optim.beta1} and {config.optim.beta2}")
+    for name, of in MEANS_OF.items():
+        is_on = flat[of] if isinstance(flat[of], bool) else flat[of] > 1
+        if not is_on and flat[name] != leaves()[name][1].default:
+            flag = ("--no-" if flat[name] is False else "--") + name.replace("_", "-")
+            wanted = f"--{of}" if isinstance(flat[of], bool) else f"--{of} 2 or more"
+            raise ValueError(f"{flag} says how --{of} works and would be ignored: give {wanted}, or leave it out")
     refuse(config)
 
 

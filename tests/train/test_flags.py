@@ -3,7 +3,7 @@
 import pytest
 
 from train.config import Config, flatten, leaves
-from train.flags import check, parse
+from train.flags import MEANS_OF, check, parse
 
 NEEDED = ["--shards", "s", "--model", "m", "--out", "o"]
 
@@ -83,6 +83,9 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
         + f"{name.replace('_', '-')}: {value}\n"
     )
     others = [part for key in ("shards", "model", "out") if key != name for part in (f"--{key}", "x")]
+    if name in MEANS_OF:
+        others += [f"--{MEANS_OF[name]}", *([] if name == "compile_backend" else ["2"])]
+        text += f"{MEANS_OF[name]}: {'true' if name == 'compile_backend' else 2}\n"
     from_file, from_line = parse(["--config", write(tmp_path, text)]), parse([*others, *line])
     assert from_file == from_line
     assert flatten(from_line)[name] != flatten(Config())[name] or value == "1"
@@ -102,6 +105,15 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
         ([*NEEDED, "--dtype", "float16"], "--dtype must be one of auto, float32, bfloat16, not 'float16'"),
         ([*NEEDED, "--dp-shard", "0"], "--dp-shard must be at least 1"),
         ([*NEEDED, "--config", "/no/such.yaml"], "cannot be read: No such file"),
+        (
+            [*NEEDED, "--pp-split", "1,2"],
+            "--pp-split says how --pp works and would be ignored: give --pp 2 or more, or",
+        ),
+        ([*NEEDED, "--pp-schedule", "zbv"], "--pp-schedule says how --pp works and would be ignored"),
+        ([*NEEDED, "--cp-method", "ring"], "--cp-method says how --cp works and would be ignored"),
+        ([*NEEDED, "--tp-plan", "lm_head=stream"], "--tp-plan says how --tp works and would be ignored"),
+        ([*NEEDED, "--no-sp"], "--no-sp says how --tp works and would be ignored"),
+        ([*NEEDED, "--compile-backend", "eager"], "would be ignored: give --compile, or leave it out"),
     ],
 )
 def test_wrong_flags_get_one_sentence(argv, message):
