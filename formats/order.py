@@ -14,7 +14,7 @@ EMPTY = -1
 """Position of an empty pack: all padding, no targets."""
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def scrambled(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014), uint64 → uint64, a bijection.
 
     numpy's own generators promise no stable stream between versions; an order that a resume depends on must not
@@ -29,8 +29,8 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """A pseudo-random permutation of 0 … n−1, int64[n], a function of its arguments alone (any numpy version)."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
-        key = _mix(_mix(np.array([seed % 2**64], np.uint64) + golden) + np.uint64(epoch % 2**64) + golden)
-        return np.argsort(_mix(np.arange(n, dtype=np.uint64) * golden + key), kind="stable")
+        key = scrambled(scrambled(np.array([seed % 2**64], np.uint64) + golden) + np.uint64(epoch % 2**64) + golden)
+        return np.argsort(scrambled(np.arange(n, dtype=np.uint64) * golden + key), kind="stable")
 
 
 def epoch_order(num_packs: int, order: str, block: int, seed: int, epoch: int) -> np.ndarray:

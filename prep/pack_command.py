@@ -49,7 +49,9 @@ from prep.options import Size, as_json, echo_json
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of documents, chosen by hash, held out: makes OUT/train and OUT/eval.",
 )
-@click.option("--eval-source", "eval_sources", multiple=True, help="Hold out all documents of this source, too.")
+@click.option(
+    "--eval-source", "eval_sources", multiple=True, help="Hold out all documents of this source, and their copies."
+)
 @click.option("--shard-size", type=Size(), default="256M", show_default=True, help="Aim of a shard, e.g. 64M or 2G.")
 @click.option(
     "--compress", type=click.Choice(["zstd"]), help="For shipping: smaller shards, which cannot be memory-mapped."
@@ -112,6 +114,7 @@ def pack(
 def _origin(inputs: tuple[str, ...], out: str, given: dict):
     """What is packed: a document store, with its new mix, or raw input, with all that says how to encode it."""
     from prep.encode.mix_file import read_mix
+    from prep.encode.sources import SourceSpec, check_place, without_tokenizer
     from prep.pipeline import Encoding, Stored, find_store
 
     place = find_store(inputs)
@@ -120,10 +123,11 @@ def _origin(inputs: tuple[str, ...], out: str, given: dict):
             raise click.ClickException(
                 f"{place} is encoded already: leave out {', '.join(useless)}, or name the raw files"
             )
-        return Stored(place, read_mix(given["mix"], encoded=True) if given["mix"] else ())
-    if not given["tokenizer"]:
-        raise click.ClickException("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
+        check_place(out, [SourceSpec("store", (place,))])
+        return Stored(place, () if given["mix"] is None else read_mix(given["mix"], encoded=True))
     sources = sources_of(inputs, given["mix"], given["columns"], given)
+    if not given["tokenizer"]:
+        raise without_tokenizer(sources)
     store = f"{out.rstrip('/')}.store" if "://" in out else None
     return Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"], store)
 

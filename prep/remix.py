@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from prep.encode.builtin import hash_template, load_template
 from prep.encode.mix import check_shares, select
 from prep.encode.sources import SourceSpec, as_sources
 from prep.encode.store import DocumentStore, source_ranges
@@ -18,7 +19,8 @@ def remix(store: DocumentStore, mix: Sequence[SourceSpec]) -> DocumentStore:
     """The store as it would be had it been encoded with the shares of `mix`, in place of those it was made with.
 
     The sources are those of `mix`, in its order; the others are left out (`not_in_mix` in the ledger). Only name and
-    shares of a source count: its files lie in the store as they were read. Duplicates are left out if they were.
+    shares of a source count, not its paths: its files lie in the store as they were read. Duplicates are left out if
+    they were.
 
     Raises:
         ValueError: a source that the store lacks or that was encoded otherwise than `mix` says; shares that contradict
@@ -83,3 +85,8 @@ def _check_sources(mix: Sequence[SourceSpec], names: Mapping[str, int], store: D
                     f"--mix: source {spec.name} of {store.path} was encoded with {field} {theirs[field]!r}, not "
                     f"{given!r}; leave that out, or encode it again"
                 )
+        if spec.template is not None and hash_template(load_template(spec.template, None)) != theirs["template_hash"]:
+            raise ValueError(
+                f"--mix: source {spec.name} of {store.path} was encoded with another template than {spec.template}; "
+                "leave that out, or encode it again"
+            )

@@ -11,7 +11,8 @@ def choose_parts(store: DocumentStore, eval_fraction: float, eval_sources: tuple
     """Rows of the store for each packed folder: `all`, or `train` and `eval`, int64, ascending.
 
     Held out are all documents of `eval_sources`, and of the others the share `eval_fraction`, each by its own hash: a
-    document stays on its side when others come or go, and equal documents of other sources are on the same side.
+    document stays on its side when others come or go. Equal documents are on the same side, those of other sources,
+    too: what is evaluated is never trained.
     """
     rows = np.arange(len(store), dtype=np.int64)
     if eval_fraction == 0 and not eval_sources:
@@ -26,6 +27,8 @@ def choose_parts(store: DocumentStore, eval_fraction: float, eval_sources: tuple
     for name, first, last in store.info.sources:
         if name in eval_sources:
             held_out[first:last] = True
+    if eval_sources:
+        held_out |= np.isin(store.doc_hashes, store.doc_hashes[held_out])
     asked = f"--eval-source {' '.join(eval_sources)}" if eval_sources else f"--eval-fraction {eval_fraction}"
     for name, chosen in (("eval", held_out), ("train", ~held_out)):
         if not chosen.any():

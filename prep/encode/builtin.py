@@ -3,6 +3,8 @@
 The built-in ones frame plain chats as the model families do; for tools and reasoning take the family's own template.
 """
 
+import xxhash
+
 from prep.encode.files import open_binary
 from prep.encode.tokenizer import TokenizerFolder
 
@@ -96,7 +98,7 @@ BUILTIN = {
 }
 
 
-def load_template(name: str | None, folder: TokenizerFolder) -> str | None:
+def load_template(name: str | None, folder: TokenizerFolder | None) -> str | None:
     """The Jinja text: of a built-in template, of a file or an address; without a name the tokenizer folder's own, or
     None where it has none.
 
@@ -114,3 +116,8 @@ def load_template(name: str | None, folder: TokenizerFolder) -> str | None:
         raise ValueError(
             f"chat template {name}: neither a readable file nor one of {', '.join(BUILTIN)} ({error})"
         ) from None
+
+
+def hash_template(text: str) -> str:
+    """xxh3-128 of a template's text, hexadecimal: what says in a store which template it was encoded with."""
+    return xxhash.xxh3_128(text.encode()).hexdigest()

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from formats.order import scrambled
 from prep.encode.sources import SourceSpec
 from prep.encode.store import DocumentStore
 from prep.ledger import Ledger
+
+MOST_PASSES = 10_000
+"""A larger `repeat` is a slip of the pen, and rows repeated that often fill the memory."""
 
 
 def select(
@@ -49,7 +53,16 @@ def select(
     wanted = wanted_tokens(specs, tokens)
     chosen = []
     for spec, found, have, want in zip(specs, rows, tokens, wanted, strict=True):
+        if want > MOST_PASSES * have:
+            raise ValueError(
+                f"source {spec.name} would be read {want / have:.0f} times; at most {MOST_PASSES} are possible"
+            )
         taken = take(found, lengths, hashes, want)
+        if not taken.size:
+            raise ValueError(
+                f"source {spec.name}: its share of {want} tokens is too small for any of its documents; make its "
+                "weight, repeat or limit_tokens larger, or take it out"
+            )
         chosen.append(taken)
         _enter(ledger, spec.name, found, have, taken, lengths)
     return chosen
@@ -105,10 +118,13 @@ def _cap(spec: SourceSpec, have: int) -> int:
 
 
 def take(rows: np.ndarray, lengths: np.ndarray, hashes: np.ndarray, want: int) -> np.ndarray:
-    """`want` tokens of these rows, exact to one document: whole passes, then a part chosen by hash. int64."""
+    """`want` tokens of these rows, exact to one document: whole passes, then a part chosen by hash. int64.
+
+    Not by the smallest hashes: those are what `prep.splits` holds out, and the two choices must not know each other.
+    """
     have = int(lengths[rows].sum(dtype=np.int64))
     passes, rest = divmod(want, have)
-    order = rows[np.argsort(hashes[rows], kind="stable")]
+    order = rows[np.argsort(scrambled(hashes[rows]), kind="stable")]
     reached = np.cumsum(lengths[order], dtype=np.int64)
     count = int(np.searchsorted(reached, rest, side="right"))
     # The document at the border goes in when that brings the sum nearer.

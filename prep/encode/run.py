@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
-from prep.encode.builtin import BUILTIN, load_template
+from prep.encode.builtin import BUILTIN, hash_template, load_template
 from prep.encode.files import absolute, file_stamp, is_remote
 from prep.encode.mix import check_shares, select
 from prep.encode.options import EncodeOptions
@@ -269,7 +268,8 @@ def _tokenizer_facts(options: EncodeOptions, sources: Sequence[SourceSpec]) -> d
     return {
         "engine": _engine(folder, options),
         "tokenizer_hash": folder.hash,
-        "template_hash": _hash(templates[0] if same else json.dumps(templates)),
+        "template_hash": hash_template(templates[0] if same else json.dumps(templates)),
+        "source_templates": [hash_template(template) for template in templates],
         "vocab_size": folder.vocab_size,
         "pad_id": folder.pad_id,
         "bos_id": folder.bos_id,
@@ -279,6 +279,8 @@ def _tokenizer_facts(options: EncodeOptions, sources: Sequence[SourceSpec]) -> d
 
 def _plan(facts: dict, sources: Sequence[SourceSpec], files: Sequence[InputFile], options: EncodeOptions) -> dict:
     engine = facts["engine"]
+    templates = facts.pop("source_templates")
+    identities = [_source_identity(*pair) for pair in zip(sources, templates, strict=True)]
     packages = [*_PACKAGES, *(["fastokens"] if engine == "fast" else [])]
     if any(file.format == "hf" for file in files):
         packages.append("datasets")
@@ -286,21 +288,18 @@ def _plan(facts: dict, sources: Sequence[SourceSpec], files: Sequence[InputFile]
         "store_version": STORE_VERSION,
         "inputs": [file.to_json() for file in files],
         "input_formats": [[sources[file.source].name, file.format] for file in files],
-        "options": {**options.identity(), "sources": [_source_identity(source) for source in sources]},
+        "options": {**options.identity(), "sources": identities},
         **facts,
         "packages": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
-def _source_identity(source: SourceSpec) -> dict:
+def _source_identity(source: SourceSpec, template: str) -> dict:
     value = asdict(source)
     del value["paths"], value["template"]  # inputs and template are hashed by content
+    value["template_hash"] = template
     value["columns"] = dict(source.columns)
     return value
-
-
-def _hash(text: str) -> str:
-    return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def _check_errors(results: Sequence[UnitResult], ledger: Ledger, options: EncodeOptions) -> None:

@@ -192,6 +192,17 @@ def find_inputs(specs: Sequence[SourceSpec]) -> tuple[list[InputFile], dict[str,
     return found, left_out
 
 
+def without_tokenizer(specs: Sequence[SourceSpec]) -> ValueError:
+    """The error for raw input without a tokenizer, or rather, where a name leads nowhere, the one that says so."""
+    try:
+        for path in (path.removeprefix("file://") for spec in specs for path in spec.paths):
+            if not path.startswith("hf:") and _saved_dataset(path.rstrip("/")) is None:
+                files.expand(path)
+    except ValueError as error:
+        return error
+    return ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
+
+
 @dataclass(frozen=True)
 class _Entry:
     path: str

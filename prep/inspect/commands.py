@@ -108,8 +108,8 @@ def view(folder, number, doc, count, seed, tokenizer, show_ids, page) -> None:
     """Show packs of FOLDER: each document in a colour, targets bold, padding dim, special tokens visible.
 
     \b
-    prep view packed --random 3 --tokenizer model/
-    prep view packed --doc 1234 --html doc.html --tokenizer model/
+    prep view packed/train --random 3 --tokenizer model/
+    prep view packed/train --doc 1234 --html doc.html --tokenizer model/
     """
     from prep.inspect.view import choose_packs, open_view, print_pack, write_page
 

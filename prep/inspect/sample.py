@@ -14,7 +14,7 @@ import pyarrow as pa
 from formats.dataset import PackedDataset
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
-from prep.encode.sources import as_sources, cut_units, find_inputs
+from prep.encode.sources import as_sources, cut_units, find_inputs, without_tokenizer
 from prep.encode.store import DocumentStore, read_store
 from prep.inspect.documents import read_slots
 from prep.inspect.facts import packed_folders
@@ -53,7 +53,7 @@ def read_lengths(inputs: Sequence[str], tokenizer: str | None, sample_bytes: int
     if len(inputs) == 1 and Path(inputs[0]).is_dir() and read_store(Path(inputs[0])) is not None:
         return Lengths(DocumentStore.open(inputs[0]).lengths, 1.0, 0.0, 0.0, f"all documents of {inputs[0]}")
     if tokenizer is None:
-        raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
+        raise without_tokenizer(as_sources([str(path) for path in inputs]))
     options = EncodeOptions(tokenizer=str(tokenizer))
     sources = as_sources(inputs)
     files, _ = find_inputs(sources)

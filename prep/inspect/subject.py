@@ -9,6 +9,7 @@ from formats.dataset import INDEX_NAME, PackedDataset
 from formats.manifest import MANIFEST_NAME
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
+from prep.encode.sources import as_sources, without_tokenizer
 from prep.encode.store import DocumentStore, read_store
 from prep.encode.templates import ChatTemplate
 from prep.encode.tokenizer import TokenizerFolder, read_tokenizer
@@ -31,7 +32,7 @@ def open_store(inputs: Sequence[str], tokenizer: str | None, workers: int = 1) -
         yield DocumentStore.open(inputs[0])
         return
     if tokenizer is None:
-        raise ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
+        raise without_tokenizer(as_sources([str(path) for path in inputs]))
     with tempfile.TemporaryDirectory(prefix="prep-") as folder:
         # Documents without a target are what lint looks for: they are kept here.
         options = EncodeOptions(tokenizer=str(tokenizer), keep_untrained=True)

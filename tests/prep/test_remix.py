@@ -106,10 +106,36 @@ def test_shares_that_a_store_cannot_give_are_refused(raw, tokenizer, tmp_path):
         ),
         ([{"name": "a", "text_by": "paragraph"}], "was encoded with text_by 'line', not 'paragraph'"),
         ([{"name": "a", "format": "csv"}], "was encoded with format None, not 'csv'"),
+        ([{"name": "a", "template": "llama3"}], "source a of .* was encoded with another template than llama3; leave"),
+        ([{"name": "a", "template": "nonsense"}], "chat template .*nonsense: neither a readable file nor one of"),
+        ([{"name": "a"}, {"name": "b", "limit_tokens": 1}], "source b: its share of 1 tokens is too small for any"),
+        ([{"name": "a", "repeat": 1e9}], "source a would be read 1000000000 times; at most 10000 are possible"),
     ):
         mix = read_mix(str(mix_file(tmp_path, sources, paths=False)), encoded=True)
         with pytest.raises(ValueError, match=sentence):
             remix(DocumentStore.open(store), mix)
+
+
+def test_a_mix_may_name_the_template_that_a_store_was_encoded_with(raw, tokenizer, tmp_path):
+    sources = [{"name": "a", "template": "chatml"}, {"name": "b", "template": "llama3"}]
+    store = encode(raw, sources, tmp_path / "store", tokenizer)
+    rows = remix(DocumentStore.open(store), read_mix(str(mix_file(tmp_path, sources, paths=False)), encoded=True))
+    assert len(rows) == 150
+    with pytest.raises(ValueError, match=r"source b of .* was encoded with another template than chatml"):
+        swapped = [{"name": "a"}, {"name": "b", "template": "chatml"}]
+        remix(DocumentStore.open(store), read_mix(str(mix_file(tmp_path, swapped, paths=False)), encoded=True))
+
+
+def test_no_pack_inside_its_store_and_no_empty_mix(raw, tokenizer, tmp_path):
+    store = encode(raw, MIXES["all"], tmp_path / "store", tokenizer)
+    for more, sentence in (
+        (["--out", store / "units" / "x"], f"lies inside the input {store}, which would then hold it"),
+        (["--out", tmp_path / "out", "--mix", ""], "not readable as YAML"),
+    ):
+        result = run("pack", store, "--seq-len", 256, *more)
+        assert result.exit_code == 1
+        assert sentence in result.output
+    assert not (store / "units" / "x").exists()
 
 
 def test_options_that_a_store_cannot_heed_are_refused(raw, tokenizer, tmp_path):

@@ -62,13 +62,13 @@ def test_a_mix_from_yaml(tmp_path, byte_level):
 
 
 def test_a_mix_counts_templates_and_limits_as_its_paths_do(tmp_path, byte_level, monkeypatch):
-    """Files from the folder of the YAML, wherever the command is run; 1000.0 is a whole number."""
+    """Files from the folder of the YAML, wherever the command is run; 500.0 is a whole number."""
     (tmp_path / "deep").mkdir()
     write_jsonl(tmp_path / "deep" / "a.jsonl", chats(20))
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
     (tmp_path / "deep" / "t.jinja").write_text(template)
     (tmp_path / "deep" / "mix.yaml").write_text(
-        "sources: [{name: x, paths: a.jsonl, template: t.jinja, limit_tokens: 100.0},"
+        "sources: [{name: x, paths: a.jsonl, template: t.jinja, limit_tokens: 500.0},"
         " {name: y, paths: [a.jsonl], template: chatml}]"
     )
     monkeypatch.chdir(tmp_path)
@@ -76,7 +76,7 @@ def test_a_mix_counts_templates_and_limits_as_its_paths_do(tmp_path, byte_level,
     assert [spec.template for spec in specs] == [str(tmp_path / "deep" / "t.jinja"), "chatml"]
     store = run(specs, tmp_path / "s", byte_level)
     (_, first, last), _ = store.info.sources
-    assert abs(int(store.lengths[first:last].sum()) - 100) <= int(store.lengths.max())
+    assert abs(int(store.lengths[first:last].sum()) - 500) <= int(store.lengths.max())
 
 
 def test_a_limit_holds_with_weights_too(tmp_path, byte_level):
