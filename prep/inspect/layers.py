@@ -10,16 +10,26 @@ from typing import NamedTuple
 
 class Layer(NamedTuple):
     """A layer: parameters outside of experts and in all experts, and `products`, those that a token is multiplied with.
+    Of `dense`, every tensor rank has `whole` (norms, routers, shared experts, the projections to latents), and `keys`,
+    of keys and values, where their `key_heads` cannot be shared out.
     Elements a token that backward needs: `kept` without recompute, `costly` of it where only results of matrix products
     and attention are kept. `bytes`: what is kept besides whatever the type of the computation is (scores of a router in
     float32, indices)."""
 
     dense: int
+    whole: int
+    keys: int
+    key_heads: int
     experts: int
     products: float
     kept: int
     costly: int
     bytes: int
+
+    def dense_of(self, tp: int) -> int:
+        """Parameters outside of experts that a tensor rank has."""
+        cut = self.dense - self.whole - self.keys
+        return self.whole + self.keys // (tp if self.key_heads % tp == 0 else 1) + cut // tp
 
 
 def layers(config: Mapping, *, kernel: bool = True, ep: bool = False) -> list[Layer]:
@@ -44,9 +54,12 @@ def key_width(text: Mapping) -> int:
 
 def _layer(text: Mapping, index: int, *, kernel: bool, ep: bool) -> Layer:
     hidden, kind = text["hidden_size"], text.get("model_type", "")
-    attention, kept, costly = _latent(text) if text.get("kv_lora_rank") else _attention(text)
+    attention, whole, keys, kept, costly = _latent(text) if text.get("kv_lora_rank") else _attention(text)
+    heads = text["num_attention_heads"]
+    key_heads = heads if text.get("kv_lora_rank") else text.get("num_key_value_heads") or heads
     before_and_after = kind.startswith(("gemma2", "gemma3"))
-    dense = attention + hidden * (4 if before_and_after else 2)
+    norms = hidden * (4 if before_and_after else 2)
+    dense, whole = attention + norms, whole + norms
     # A norm keeps its input, that divided by its size, and where a product follows its result.
     kept += hidden * (10 if before_and_after else 6)
     costly += 3 * hidden  # the input of the layer, and what both halves give
@@ -56,15 +69,16 @@ def _layer(text: Mapping, index: int, *, kernel: bool, ep: bool) -> Layer:
         width = text["intermediate_size"]
         bias = 2 * width + hidden if text.get("mlp_bias") else 0
         dense += 3 * hidden * width
-        return Layer(dense + bias, 0, dense, kept + 4 * width, costly + 2 * width, 0)
+        return Layer(dense + bias, whole, keys, key_heads, 0, dense, kept + 4 * width, costly + 2 * width, 0)
     width, gpt_oss = text.get("moe_intermediate_size") or text["intermediate_size"], kind == "gpt_oss"
     visited, gated = text["num_experts_per_tok"], text.get("shared_expert_intermediate_size") or 0
     shared = (text.get("n_shared_experts") or 0) * width + gated
-    dense += hidden * count + 3 * hidden * shared + (hidden if gated else 0)
+    beside = hidden * count + 3 * hidden * shared + (hidden if gated else 0)
+    dense, whole = dense + beside, whole + beside
     experts = 3 * hidden * width * count
     products = dense + visited * 3 * hidden * width
     if gpt_oss:  # every product of the experts and the router has a bias
-        dense, experts = dense + count, experts + (2 * width + hidden) * count
+        dense, whole, experts = dense + count, whole + count, experts + (2 * width + hidden) * count
     # A visited expert keeps gate and up; with the kernel its input, what follows from both (thrice, where they are
     # clamped), and its result, too. Rows that travel are kept where they are computed and where they return.
     inner = (7 if gpt_oss else 4) if kernel else 2
@@ -73,32 +87,33 @@ def _layer(text: Mapping, index: int, *, kernel: bool, ep: bool) -> Layer:
     # Recompute begins anew before the norm of a mixture, whose three are kept, and for its experts.
     costly += 2 * hidden + visited * (2 * width + (hidden if kernel or ep else 0) + (2 * hidden if ep else 0))
     costly += 2 * shared + (hidden if shared else 0) + (hidden if gated else 0)
-    return Layer(dense, experts, products, kept, costly, 8 * count + 32 * visited)
+    return Layer(dense, whole, keys, key_heads, experts, products, kept, costly, 8 * count + 32 * visited)
 
 
-def _attention(text: Mapping) -> tuple[int, int, int]:
-    """(parameters, elements a token kept, of them costly) of multi-head attention: queries turned, keys turned, values,
-    result; where heads are normed, both before that, too."""
+def _attention(text: Mapping) -> tuple[int, int, int, int, int]:
+    """(parameters, of them whole on tensor ranks, of them of keys and values, elements a token kept, of them costly) of
+    multi-head attention: queries turned, keys turned, values, result; where heads are normed, both before that, too."""
     hidden, heads, dim, kind = text["hidden_size"], text["num_attention_heads"], head_dim(text), text.get("model_type")
     keys = text.get("num_key_value_heads") or heads
     count = hidden * dim * 2 * (heads + keys)
+    of_keys, whole = 2 * hidden * dim * keys, 0
     if kind == "qwen2" or (kind == "qwen2_moe" and text.get("qkv_bias", True)):
-        count += (heads + 2 * keys) * dim
+        count, of_keys = count + (heads + 2 * keys) * dim, of_keys + 2 * keys * dim
     elif text.get("attention_bias", kind == "gpt_oss"):
-        count += (heads + 2 * keys) * dim + hidden
+        count, of_keys, whole = count + (heads + 2 * keys) * dim + hidden, of_keys + 2 * keys * dim, hidden
     costly = kept = 2 * dim * (heads + keys)
     if kind in ("qwen3", "qwen3_moe", "gemma3_text"):
-        count += 2 * dim
+        count, whole = count + 2 * dim, whole + 2 * dim
         kept *= 2
     if kind == "olmo2":
         count += (heads + keys) * dim
         kept *= 2
     if kind == "gpt_oss":
         count += heads
-    return count, kept, costly
+    return count, whole, of_keys, kept, costly
 
 
-def _latent(text: Mapping) -> tuple[int, int, int]:
+def _latent(text: Mapping) -> tuple[int, int, int, int, int]:
     """As `_attention`, of latent attention (DeepSeek-V3)."""
     hidden, heads, rank = text["hidden_size"], text["num_attention_heads"], text["kv_lora_rank"]
     inner, turned, value = text["qk_nope_head_dim"], text["qk_rope_head_dim"], text["v_head_dim"]
@@ -106,11 +121,15 @@ def _latent(text: Mapping) -> tuple[int, int, int]:
     count = hidden * (rank + turned) + rank + rank * heads * (inner + value) + heads * value * hidden
     head = heads * (inner + turned)
     count += hidden * queries + queries + queries * head if queries else hidden * head
+    whole = hidden * (rank + turned) + rank + (hidden * queries + queries if queries else 0)
     if text.get("attention_bias"):
-        count += (queries or 0) + rank + turned + hidden
+        biases = (queries or 0) + rank + turned + hidden
+        count, whole = count + biases, whole + biases
     vectors = 2 * (queries or 0) + 2 * rank + turned
     return (
         count,
+        whole,
+        0,
         vectors + 2 * head + heads * (inner + value) + 2 * heads * value,
         vectors + 2 * head + 2 * heads * value,
     )

@@ -79,12 +79,12 @@ def _of_stage(text: Mapping, stage: list[Layer], number: int, layout: Layout) ->
     first, last = number == 0, number == layout.pp - 1
     matrices = 1 if layout.pp == 1 and _tied(text) else first + last
     ends = vocabulary * hidden * matrices // layout.tp
-    dense = sum(layer.dense for layer in stage) // layout.tp + ends
+    dense = sum(layer.dense_of(layout.tp) for layer in stage) + ends
     experts = sum(layer.experts for layer in stage) // layout.ep
     local = dense // layout.shards + experts // max(1, layout.shards * layout.tp // layout.ep)
     tokens = layout.tokens // layout.cp
 
-    whole = max(layer.dense // layout.tp + layer.experts // layout.ep for layer in stage)
+    whole = max(layer.dense_of(layout.tp) + layer.experts // layout.ep for layer in stage)
     sharded = layout.shards > 1
     gathered = (layout.bytes * (dense + experts if layout.pp > 1 else 2 * whole + ends)) if sharded else 0
     accumulated = sharded and layout.rows > 1

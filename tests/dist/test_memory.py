@@ -1,11 +1,16 @@
 """The memory estimate of `prep plan` for a rank of a mesh, against the tensors of training steps on it."""
 
+import json
+
 import pytest
 import torch
 from peak_memory import PeakMemory
+from tiny_models import MIXTURES, write_tiny_model
+from torch.distributed.tensor import DTensor
 
 from prep.inspect import memory as estimate
 from ranks import run_ranks
+from train import hf
 from train.attention.interface import Segments
 from train.config import Config, Layout, Model, Optim, Router
 from train.mesh import build_mesh
@@ -89,6 +94,38 @@ def check(world, content, rows, recompute, kernel, **axes):
 )
 def test_the_estimate_is_what_a_rank_takes(world, content, rows, recompute, kernel, axes):
     check(world, content, rows, recompute, kernel, **axes)
+
+
+def held(cases):
+    """Parameters that this rank holds, case by case."""
+    counts = []
+    for folder, axes in cases:
+        config = Config(layout=Layout(**axes))
+        mesh = build_mesh(config.layout, torch.device("cpu"))
+        with torch.device("meta"):
+            model = Decoder(hf.read_config(folder))
+        parameters = parallelize(model, mesh, config).parameters()
+        counts.append(sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters))
+    return counts
+
+
+def test_parameters_of_a_tensor_rank(tmp_path):
+    """Routers, shared experts and projections to latents are whole on each, and keys and values where heads
+    are too few."""
+    cases = []
+    for family in ("llama", "qwen3", *MIXTURES):
+        heads = 4 if family == "deepseek_v3" else 2
+        sizes = {"vocab_size": 320, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": heads}
+        folder, sparse = write_tiny_model(tmp_path / family, family, **sizes), family in MIXTURES
+        axes = [{"tp": 2}, {"tp": 4}, *([{"tp": 2, "ep": 4}, {"tp": 4, "ep": 4}, {"ep": 4}] if sparse else [])]
+        cases += [(folder, each) for each in axes]
+    for (folder, axes), *counts in zip(cases, *run_ranks(held, 4, cases), strict=True):
+        content = json.loads((folder / "config.json").read_text())
+        layout = estimate.Layout(TOKENS, dp_shard=4 // axes.get("tp", 1), bytes=4, **axes)
+        assert estimate.memory(content, layout)["parameters"] / 4 == pytest.approx(max(counts), rel=0.01), (
+            folder,
+            axes,
+        )
 
 
 @pytest.mark.slow
