@@ -7,6 +7,7 @@ import numpy as np
 
 from formats.cost import TRAINING, Model
 from formats.layout import slot_alignment
+from prep.inspect.layers import layers, num_experts
 from prep.inspect.memory import Layout, memory, parameters
 from prep.inspect.whatif import Outcome, plan_for
 from prep.packing.balance import straggler
@@ -48,6 +49,18 @@ class Setup:
             raise ValueError(f"--ep {self.ep} does not divide dp_shard × cp × tp = {shards}; take a divisor of it")
         return self.gpus // others
 
+    def check_model(self) -> None:
+        """ValueError where the trainer would refuse the model on this mesh."""
+        if self.config is None:
+            return
+        experts, depth = num_experts(self.config), len(layers(self.config))
+        if self.ep > 1 and not experts:
+            raise ValueError(f"--ep {self.ep} is for mixtures of experts, and this model has none: leave it out")
+        if self.ep > 1 and experts % self.ep:
+            raise ValueError(f"--ep {self.ep} does not divide the {experts} experts of a layer; take an --ep that does")
+        if self.pp > depth:
+            raise ValueError(f"--pp {self.pp} makes more stages than the {depth} layers; lower --pp")
+
     def fits(self, cp: int) -> bool:
         """Whether `cp` context-parallel ranks leave whole numbers of data-parallel ones."""
         try:
@@ -63,6 +76,12 @@ def forecast(row: Outcome, lengths: np.ndarray, scale: float, setup: Setup) -> d
     """
     width = setup.width(row.cp)
     batch = max(1, round(setup.batch_tokens / row.seq_len / width)) * width
+    least = setup.pp * setup.micro_packs * width
+    if -(-batch // width // setup.micro_packs) < setup.pp:
+        raise ValueError(
+            f"--pp {setup.pp} needs at least {setup.pp} rows a rank and step, and {setup.batch_tokens} tokens make "
+            f"{-(-batch // width // setup.micro_packs)}; take --batch-tokens {least * row.seq_len}"
+        )
     packs = max(1, round(row.packs * scale))
     steps = -(-packs // batch)
     plan = plan_for(lengths, row.algo, row.seq_len, row.cp)

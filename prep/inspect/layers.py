@@ -39,6 +39,12 @@ def layers(config: Mapping, *, kernel: bool = True, ep: bool = False) -> list[La
     return [_layer(text, index, kernel=kernel, ep=ep) for index in range(text["num_hidden_layers"])]
 
 
+def num_experts(config: Mapping) -> int:
+    """Experts of a layer that has any; 0 in a dense model."""
+    text = config.get("text_config", config)
+    return text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 0
+
+
 def head_dim(text: Mapping) -> int:
     """Dimensions of a head."""
     return text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
@@ -63,7 +69,7 @@ def _layer(text: Mapping, index: int, *, kernel: bool, ep: bool) -> Layer:
     # A norm keeps its input, that divided by its size, and where a product follows its result.
     kept += hidden * (10 if before_and_after else 6)
     costly += 3 * hidden  # the input of the layer, and what both halves give
-    count = text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 0
+    count = num_experts(text)
     sparse = (index + 1) % text.get("decoder_sparse_step", 1) == 0 and index >= text.get("first_k_dense_replace", 0)
     if not count or not sparse or index in (text.get("mlp_only_layers") or ()):
         width = text["intermediate_size"]

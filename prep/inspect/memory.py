@@ -58,13 +58,9 @@ def memory(config: Mapping, layout: Layout) -> dict[str, int]:
     hidden states that it receives. working: the larger of a layer computed again with its gradients, of the head with a
     chunk of logits and the gradient of its weight, and of the optimizer's temporaries. Experts are taken to be equally
     busy. What CUDA, NCCL and fragmentation take (2 GiB or so) is not counted.
-
-    Raises: ValueError when there are more stages than layers.
     """
     text = config.get("text_config", config)
     every = layers(config, kernel=layout.gpu, ep=layout.ep > 1)
-    if layout.pp > len(every):
-        raise ValueError(f"--pp {layout.pp} makes more stages than the {len(every)} layers; lower --pp")
     head = float(text["vocab_size"] * text["hidden_size"])
     sizes = split_by_cost([layer.products for layer in every], layout.pp, EMBEDDING_OVER_HEAD * head, head)
     starts = itertools.accumulate(sizes, initial=0)

@@ -13,8 +13,14 @@ from prep.options import FOLDER, Listed, as_json, echo_json
 @click.option("--tokenizer", help="Folder with tokenizer.json and the chat template; for raw input.")
 @click.option("--sample-mb", default=8, show_default=True, help="Raw input that is read at most, in MB.")
 @click.option("--model", type=FOLDER, help="Folder with the model's config.json: adds memory, compute and straggler.")
-@click.option("--gpus", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--pp", default=1, show_default=True, type=click.IntRange(min=1), help="Pipeline stages.")
+@click.option("--gpus", default=8, show_default=True, type=click.IntRange(min=1), help="GPUs of the training run.")
+@click.option(
+    "--pp",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Pipeline stages, under 1f1b; GPU hours are without its bubble.",
+)
 @click.option("--dp-replicate", default=1, show_default=True, type=click.IntRange(min=1), help="Replicas (HSDP).")
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="Tensor-parallel ranks.")
 @click.option("--ep", default=1, show_default=True, type=click.IntRange(min=1), help="Expert-parallel ranks.")

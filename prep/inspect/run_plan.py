@@ -29,6 +29,7 @@ def make_report(
         PackOptions(slot_alignment(cp), cp=cp).check()
     if not any(n % slot_alignment(cp) == 0 for n in seq_lens for cp in cps):
         raise ValueError(f"no --seq-len of {seq_lens} is a multiple of 2·cp for any --cp of {cps}")
+    setup.check_model()
     fitting = [cp for cp in cps if setup.fits(cp)]
     if not fitting:
         setup.width(cps[0])  # says why

@@ -158,8 +158,6 @@ def test_axes_divide_what_they_should():
     # The last of stages of 5 and 3 layers, which has the head.
     pipelines = [memory(sparse, Layout(4096, pp=2, dp_shard=2, tp=2, ep=ep))["gathered"] for ep in (1, 4)]
     assert pipelines[0] - pipelines[1] == 2 * 3 * experts * 3 // 4
-    with pytest.raises(ValueError, match="--pp 9 makes more stages than the 8 layers"):
-        memory(dense, Layout(4096, pp=9))
     kept = {recompute: memory(dense, Layout(4096, recompute=recompute)) for recompute in RECOMPUTE}
     none, selective, full = (kept[recompute]["activations"] for recompute in RECOMPUTE)
     assert none > 1.5 * selective > 3 * full

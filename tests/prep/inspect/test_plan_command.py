@@ -81,7 +81,10 @@ def test_training(root):
     assert "warning" in shown
 
 
-def test_misuse(root):
+def test_misuse(root, tmp_path):
+    of_model = [root / "out", "--seq-len", 512, "--cp", 1, "--model", root]
+    mixture, sparse = tmp_path, {"num_experts": 4, "num_experts_per_tok": 2}
+    (mixture / "config.json").write_text(json.dumps(CONFIG | sparse))
     for arguments, message in (
         ([root / "in.jsonl", "--seq-len", 512], "needs --tokenizer"),
         ([root / "out", "--seq-len", 511, "--cp", 2], "is a multiple of 2·cp"),
@@ -90,6 +93,13 @@ def test_misuse(root):
         ([root / "out", "--seq-len", 512, "--gpus", 6, "--tp", 4, "--cp", 1], "is not a multiple of pp 1"),
         ([root / "out", "--seq-len", 512, "--gpus", 6, "--ep", 4, "--cp", 1], "--ep 4 does not divide"),
         ([root / "none.jsonl", "--seq-len", 512, "--tokenizer", root], "none.jsonl"),
+        ([*of_model, "--ep", 4], "--ep 4 is for mixtures of experts, and this model has none"),
+        ([*of_model, "--gpus", 128, "--pp", 64], "--pp 64 makes more stages than the"),
+        (
+            [*of_model, "--pp", 2, "--batch-tokens", 2048],
+            "--pp 2 needs at least 2 rows a rank and step, and 2048 tokens",
+        ),
+        ([*of_model[:-1], mixture, "--ep", 8], "--ep 8 does not divide the 4 experts"),
     ):
         result = run("plan", *arguments)
         assert result.exit_code == 1, result.output
