@@ -73,7 +73,7 @@ def parse(argv: list[str]) -> Config:
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="file with any of these flags; the command line wins")
     for section in dataclasses.fields(Config):
-        group = parser.add_argument_group(section.type.__doc__.splitlines()[0])
+        group = parser.add_argument_group(section.type.__doc__.splitlines()[0].rstrip("."))
         for leaf in dataclasses.fields(section.type):
             _add_flag(group, leaf)
     given = vars(parser.parse_args(argv))

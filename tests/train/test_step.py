@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch.distributed as dist
+from tiny_models import write_tiny_model
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from whole_runs import read_metrics, run
@@ -15,6 +16,7 @@ import train.data
 import train.main
 import train.step
 from ranks import run_ranks
+from train.balance import routers
 from train.checkpoint import read_mark, step_folder
 
 
@@ -52,6 +54,32 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_counted(layout, fl
     assert "2 of 6 steps were skipped: loss or gradient was not finite" in said
     assert "  skipped 2" in said, "in the line of a step, too"
     assert read_mark(step_folder(tmp_path / "out", 3))[0].skipped == 1, "a resumed run counts on"
+
+
+def biases_of_steps(argv):
+    """The correction bias of the first layer as each step began; the loss of step 2 is infinite."""
+    accumulate, step, calls, biases = train.step.accumulate_gradients, train.main.train_step, itertools.count(1), []
+
+    def noting(model, *args, **options):
+        biases.append(routers(model)[0].correction_bias.tolist())
+        return step(model, *args, **options)
+
+    train.step.accumulate_gradients = lambda *args, **options: (
+        accumulate(*args, **options) + (math.inf if next(calls) == 2 else 0.0)
+    )
+    train.main.train_step = noting
+    run(argv)
+    return biases
+
+
+def test_a_skipped_step_moves_no_bias_and_leaves_no_load_behind(flags, tmp_path):
+    model = write_tiny_model(tmp_path / "model", "deepseek_v3", vocab_size=320)
+    argv = flags(model=model, on_nonfinite="skip", router_bias_rate=0.01, steps=4)
+    ((first, second, third, fourth),) = run_ranks(biases_of_steps, 1, argv)
+    assert first != second == third != fourth
+    lines = read_metrics(tmp_path / "out")
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
+    assert [line["dropped_tokens"] for line in lines] == [0] * 4
 
 
 def reductions(*runs):
