@@ -96,8 +96,8 @@ class Layout:
     ep: int = _flag(1, "expert-parallel ranks, out of those of dp_shard, cp and tp")
     reshard: bool = _flag(
         True,
-        "free a block's gathered weights after its forward; without, and in a pipeline always, backward need not gather "
-        "them again",
+        "free a block's gathered weights after its forward; without, and always in a pipeline, backward need not "
+        "gather them again",
     )
     prefetch: int = _flag(1, "blocks whose weights are gathered ahead of need, each way; 0: as FSDP itself does")
     defer_sync: bool = _flag(
