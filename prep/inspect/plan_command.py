@@ -4,6 +4,9 @@ import click
 
 from prep.options import FOLDER, Listed, as_json, echo_json
 
+_ABOVE_0 = click.FloatRange(min=0, min_open=True)
+_SHARE = click.FloatRange(min=0, max=1, min_open=True)
+
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True)
@@ -11,7 +14,13 @@ from prep.options import FOLDER, Listed, as_json, echo_json
 @click.option("--algo", "algos", type=Listed(str), default="greedy,ffd,bfd,best", show_default=True)
 @click.option("--cp", "cps", type=Listed(int), default="1,2,4,8", show_default=True, help="Context-parallel sizes.")
 @click.option("--tokenizer", help="Folder with tokenizer.json and the chat template; for raw input.")
-@click.option("--sample-mb", default=8, show_default=True, help="Raw input that is read at most, in MB.")
+@click.option(
+    "--sample-mb",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Raw input that is read at most, in MB.",
+)
 @click.option("--model", type=FOLDER, help="Folder with the model's config.json: adds memory, compute and straggler.")
 @click.option("--gpus", default=8, show_default=True, type=click.IntRange(min=1), help="GPUs of the training run.")
 @click.option(
@@ -33,9 +42,15 @@ from prep.options import FOLDER, Listed, as_json, echo_json
     help="As in train.",
 )
 @click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["float32", "bfloat16"]))
-@click.option("--batch-tokens", default=1 << 20, show_default=True, help="Tokens of an optimizer step.")
-@click.option("--peak-tflops", default=989.0, show_default=True, help="Of one GPU, in bf16 (H100).")
-@click.option("--mfu", default=0.4, show_default=True, help="Share of the peak that is reached.")
+@click.option(
+    "--batch-tokens",
+    default=1 << 20,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Tokens of an optimizer step.",
+)
+@click.option("--peak-tflops", default=989.0, show_default=True, type=_ABOVE_0, help="Of one GPU, in bf16 (H100).")
+@click.option("--mfu", default=0.4, show_default=True, type=_SHARE, help="Share of the peak that is reached.")
 @as_json
 def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, as_json, **setup) -> None:
     """What packing INPUTS (raw files, a document store or packed shards) would give, without writing anything.
@@ -57,7 +72,12 @@ def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, as_json, **s
         path = model / "config.json"
         if not path.is_file():
             raise click.ClickException(f"{path}: no such file; --model names a folder with the model's config.json")
-        config = json.loads(path.read_bytes())
+        try:
+            config = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise click.ClickException(f"{path}: not readable as JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise click.ClickException(f"{path}: holds no object; it must be the config.json of a model")
     value = make_report(inputs, tokenizer, sample_mb << 20, algos, seq_lens, cps, Setup(config=config, **setup))
     if as_json:
         echo_json(value)

@@ -104,3 +104,21 @@ def test_misuse(root, tmp_path):
         result = run("plan", *arguments)
         assert result.exit_code == 1, result.output
         assert message in result.output
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--sample-mb", 0), ("--sample-mb", -1), ("--batch-tokens", 0), ("--mfu", 0), ("--mfu", 7), ("--peak-tflops", 0)],
+)
+def test_numbers_that_mean_nothing_are_refused(root, option):
+    result = run("plan", root / "out", "--seq-len", 512, "--model", root, *option)
+    assert result.exit_code == 2
+    assert option[0] in result.output and "range" in result.output
+
+
+def test_a_config_that_is_none_is_named(root, tmp_path):
+    for content, message in (("nonsense", "config.json: not readable as JSON"), ("[]", "config.json: holds no object")):
+        (tmp_path / "config.json").write_text(content)
+        result = run("plan", root / "out", "--seq-len", 512, "--model", tmp_path)
+        assert result.exit_code == 1
+        assert message in result.output
