@@ -66,7 +66,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the five mesh axes, and what runs on them."""
+    """Sizes of the five mesh axes (ep regroups three of them), and what runs on them."""
 
     device: str = _flag("auto", "where to run; auto takes CUDA when there is any", ("auto", "cpu", "cuda"))
     threads: int = _flag(0, "CPU threads per rank; 0: the machine's cores divided among its ranks")
@@ -93,7 +93,11 @@ class Layout:
         "with --tp: 'PATTERN=STYLE,…' over the family's plan (in the file: PATTERN: STYLE lines); a module takes a "
         "style, as lm_head=stream, a parameter how it is stored, shard(DIM) or replicate (see train/parallel/tp.py)",
     )
-    ep: int = _flag(1, "expert-parallel ranks, out of those of dp_shard, cp and tp")
+    ep: int = _flag(
+        1,
+        "expert-parallel ranks, of a second mesh over the same ranks: ep × ep_shard is dp_shard × cp × tp; experts are "
+        "distributed over ep and sharded over ep_shard",
+    )
     reshard: bool = _flag(
         True,
         "free a block's gathered weights after its forward; without, and always in a pipeline, backward need not "

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 class Layer(NamedTuple):
     """A layer: parameters outside of experts and in all experts, and `products`, those that a token is multiplied with.
-    Of `dense`, every tensor rank has `whole` (norms, routers, shared experts, the projections to latents), and `keys`,
+    Of `dense`, every tensor rank has `whole` (norms, routers, the projections to latents), and `keys`,
     of keys and values, where their `key_heads` cannot be shared out.
     Elements a token that backward needs: `kept` without recompute, `costly` of it where only results of matrix products
     and attention are kept. `bytes`: what is kept besides whatever the type of the computation is (scores of a router in
@@ -79,8 +79,8 @@ def _layer(text: Mapping, index: int, *, kernel: bool, ep: bool) -> Layer:
     width, gpt_oss = text.get("moe_intermediate_size") or text["intermediate_size"], kind == "gpt_oss"
     visited, gated = text["num_experts_per_tok"], text.get("shared_expert_intermediate_size") or 0
     shared = (text.get("n_shared_experts") or 0) * width + gated
-    beside = hidden * count + 3 * hidden * shared + (hidden if gated else 0)
-    dense, whole = dense + beside, whole + beside
+    beside = hidden * count + (hidden if gated else 0)
+    dense, whole = dense + beside + 3 * hidden * shared, whole + beside
     experts = 3 * hidden * width * count
     products = dense + visited * 3 * hidden * width
     if gpt_oss:  # every product of the experts and the router has a bias

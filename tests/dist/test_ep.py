@@ -3,6 +3,7 @@ losses in them; without these losses they are those of transformers, document by
 
 import functools
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.parallel import ep
 from train.parallel.apply import parallelize
+from train.parallel.tp import choose_styles, parse_overrides
 from train.step import accumulate_gradients, sum_loss
 
 SIZES = {"vocab_size": 320, "intermediate_size": 40}
@@ -113,6 +115,7 @@ CASES = {
         case(2, family="gpt_oss", recompute="full", cp=2, cp_method="needed"),
         case(1, cp=2, family="qwen2_moe", shards="packed for 2", recompute="selective"),
         case(2, tp=2, sp=False, family="qwen2_moe"),
+        case(2, tp=2, family="qwen2_moe", recompute="selective"),
     ],
     4: [
         case(2, family="mixtral"),
@@ -159,6 +162,38 @@ def check_equal(world, cases, places, alone):
 @pytest.mark.parametrize("world", CASES)
 def test_loss_gradients_and_load_equal_one_process(world, places, alone):
     check_equal(world, CASES[world], places, alone)
+
+
+def whole_weights(model_dirs):
+    """Of each model the names, less their layer, of the matrices that both of two tensor ranks hold whole."""
+    found = []
+    config = Config(layout=Layout(tp=2))
+    for model_dir in model_dirs:
+        with torch.device("meta"):
+            model = Decoder(hf.read_config(model_dir))
+        model = parallelize(model, build_mesh(config.layout, torch.device("cpu")), config)
+        held = {name: p.to_local().numel() == p.numel() for name, p in model.named_parameters() if p.ndim > 1}
+        found.append({re.sub(r"layers\.\d+\.", "", name) for name, is_whole in held.items() if is_whole})
+    return found
+
+
+def test_tensor_ranks_share_out_all_that_is_large_in_attention_and_experts(places):
+    wanted = {
+        "mixtral": {"mlp.router.weight"},
+        "qwen2_moe": {"mlp.router.weight", "mlp.shared_gate.weight"},
+        "deepseek_v3": {"mlp.router.weight", "attention.q_a_proj.weight", "attention.kv_a_proj.weight"},
+        "gpt_oss": {"mlp.router.weight"},
+    }
+    assert run_ranks(whole_weights, 2, [places[family] for family in wanted]) == 2 * [list(wanted.values())]
+
+
+def test_parts_of_a_shared_expert_only_work_together(places):
+    config = hf.read_config(places["deepseek_v3"])
+    with torch.device("meta"):
+        model = Decoder(config)
+    for pattern, container in (("layers.*.mlp.shared.up_proj", "layers.0.mlp.shared"), ("*.experts", "layers.0.mlp")):
+        with pytest.raises(ValueError, match=f"fits only the other parts of {container}; give"):
+            choose_styles(model, parse_overrides(f"{pattern}=whole", config)[0])
 
 
 def changed_bits(cases):
@@ -267,6 +302,10 @@ FULL = {
         case(4, tp=4, sp=False, family="deepseek_v3", recompute="full"),
         case(2, tp=2, cp=2, sp=False, family="gpt_oss"),
         case(1, tp=2, cp=2, family="qwen2_moe", dtype=torch.float32),
+        case(2, tp=4, family="qwen2_moe", recompute="selective"),
+        case(2, tp=2, tp_plan="layers.*.mlp.shared=stream"),
+        case(2, tp=2, tp_plan="layers.*.mlp.shared=whole", sp=False, family="qwen2_moe"),
+        case(2, tp=2, pp=2, pp_schedule="interleaved-zb", pp_split="1,1"),
         case(4, cp=2, shards="packed for 2", micro=3, recompute="full"),
         case(2, pp=2, pp_schedule="interleaved-zb", pp_split="1,1"),
     ],

@@ -110,8 +110,7 @@ def held(cases):
 
 
 def test_parameters_of_a_tensor_rank(tmp_path):
-    """Routers, shared experts and projections to latents are whole on each, and keys and values where heads
-    are too few."""
+    """Routers and projections to latents are whole on each, and keys and values where heads are too few."""
     cases = []
     for family in ("llama", "qwen3", *MIXTURES):
         heads = 4 if family == "deepseek_v3" else 2

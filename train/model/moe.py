@@ -41,11 +41,15 @@ class MixtureOfExperts(nn.Module):
         self.computed: Tensor | None = None
 
     def forward(self, x_TD: Tensor, packs: TokenPacks) -> Tensor:
+        out_TD, shared_TD = self.parts(x_TD, packs, x_TD)
+        return out_TD if shared_TD is None else out_TD + shared_TD
+
+    def parts(self, x_TD: Tensor, packs: TokenPacks, x_SD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the chosen experts make of `x_TD`, the tokens of `packs`; what the shared expert, where there is one,
+        makes of the S tokens of `x_SD`."""
         chosen_TK, weights_TK = self.router(x_TD, packs)
         rows = Rows.sort(chosen_TK, self.router.config.num_experts)
-        weights_TK = weights_TK.to(x_TD.dtype)
-        out_TD, shared_TD = self.exchange(self._compute, x_TD, weights_TK, rows, lambda: self._shared(x_TD))
-        return out_TD if shared_TD is None else out_TD + shared_TD
+        return self.exchange(self._compute, x_TD, weights_TK.to(x_TD.dtype), rows, lambda: self._shared(x_SD))
 
     def _compute(self, x_TD: Tensor, weights_TK: Tensor | None, rows: Rows) -> Tensor:
         """`Experts.forward`, counted."""
@@ -83,6 +87,6 @@ class _Counted(torch.autograd.Function):
 def compute_here(
     compute: Compute, x_TD: Tensor, weights_TK: Tensor, rows: Rows, shared: Shared
 ) -> tuple[Tensor, Tensor | None]:
-    """(for every token the sum of what its experts make of it, by weight; what the shared expert makes of all tokens),
+    """(for every token the sum of what its experts make of it, by weight; what the shared expert makes of its tokens),
     without leaving the rank."""
     return compute(x_TD, weights_TK, rows), shared()

@@ -24,11 +24,15 @@ POST_NORMS = {"layers.*.attention_post_norm": "stream", "layers.*.mlp_post_norm"
 HEAD_NORMS = {"layers.*.attention.q_norm": "whole", "layers.*.attention.k_norm": "whole"}
 # Over all heads of a projection, which lie on different ranks.
 PROJECTION_NORMS = {"layers.*.attention.q_norm": "features", "layers.*.attention.k_norm": "kv"}
-# Routers and shared experts see the tokens of their rank; the experts themselves are placed by train.parallel.ep.
+# A router sees the tokens of its rank, the shared expert is an MLP like others; the experts themselves are placed by
+# train.parallel.ep.
 MIXTURE = {
     "layers.*.mlp.router": "routed",
-    "layers.*.mlp.shared.*": "routed",
-    "layers.*.mlp.shared_gate": "routed",
+    "layers.*.mlp.shared": "gather",
+    "layers.*.mlp.shared.gate_proj": "column",
+    "layers.*.mlp.shared.up_proj": "column",
+    "layers.*.mlp.shared.down_proj": "row",
+    "layers.*.mlp.shared_gate": "stream",
 }
 # Every rank computes the latents, and of them its heads.
 LATENT = {

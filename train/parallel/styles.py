@@ -15,7 +15,7 @@ gradient that comes in, so a module with whole weights inside a row needs nothin
 | style      | modules                       | weights   | from → to                                          |
 |------------|-------------------------------|-----------|----------------------------------------------------|
 | `gather`   | Attention, Mlp                |           | stream → stream, as their parts do in between      |
-|            | mixture of experts            |           | stream → stream; the experts are ep's              |
+|            | mixture of experts            |           | stream → stream; shared: an Mlp; experts: ep's     |
 | `column`   | linear                        | Shard(0)  | row → features                                     |
 | `kv`       | linear, norm over all heads   | Shard(0)  | `column`, `features`; where there are fewer        |
 |            |                               | or whole  | key/value heads than ranks, some have the same one |
@@ -26,7 +26,7 @@ gradient that comes in, so a module with whole weights inside a row needs nothin
 |            | Mlp                           |           | the same for all its parts                         |
 | `whole`    | norm, linear                  | whole     | row → row, or features of a head                   |
 |            | Attention, Mlp                |           | stream → row → stream: every rank does all work    |
-| `routed`   | router, linear                | whole     | own tokens → own tokens, inside a mixture          |
+| `routed`   | router                        | whole     | own tokens → own tokens, inside a mixture          |
 
 Where sizes are not multiples of n, ranks hold uneven parts (`torch.chunk`: the first ones the larger), exactly; FSDP
 then cuts their columns, of which there must be a multiple of its ranks.
@@ -229,7 +229,8 @@ class WholeRouter(Router):
 
 def _mixture(mixture: MixtureOfExperts, site: Site) -> nn.Module:
     """Experts are not cut over tensor ranks, which use them as data ranks do, each for its own tokens: those of the
-    stream, or with whole sequences its share of the row, of which it gives a summand back that is 0 elsewhere."""
+    stream, or with whole sequences its share of the row, of which it gives a summand back that is 0 elsewhere. The
+    shared expert is another module from stream to stream."""
     axis, forward = site.axis, mixture.forward
 
     def of_own_tokens(x_TD: Tensor, packs: TokenPacks) -> Tensor:
@@ -237,8 +238,9 @@ def _mixture(mixture: MixtureOfExperts, site: Site) -> nn.Module:
         own = axis.part(tokens)
         if axis.sequence:
             return forward(x_TD, packs.of(own))
-        out_TD = forward(axis.to_row(x_TD)[own], packs.of(own))
-        return axis.sum_to_stream(nn.functional.pad(out_TD, (0, 0, own.start, tokens - own.stop)))
+        out_TD, shared_TD = mixture.parts(axis.to_row(x_TD)[own], packs.of(own), x_TD)
+        out_TD = axis.sum_to_stream(nn.functional.pad(out_TD, (0, 0, own.start, tokens - own.stop)))
+        return out_TD if shared_TD is None else out_TD + shared_TD
 
     mixture.forward = of_own_tokens
     return mixture
@@ -309,7 +311,7 @@ STYLES: dict[str, dict[type, Callable[[nn.Module, Site], nn.Module]]] = {
         Head: StreamHead,
         Mlp: lambda module, site: module,
     },
-    "routed": {nn.Linear: _on_row(WholeLinear), Router: WholeRouter},
+    "routed": {Router: WholeRouter},
     "whole": {Norm: _on_row(WholeNorm), nn.Linear: _on_row(WholeLinear), Attention: _whole, Mlp: _whole},
 }
 """Style → type of module → what takes its place, made from the module and its `Site`."""

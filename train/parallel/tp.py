@@ -8,8 +8,9 @@
          lm_head: stream               # the whole head on every rank, for its own tokens
          "layers.*.attention": whole   # heads that tp does not divide: the same work on every rank
 
-   An override of a block's `attention` or `mlp` holds for all of its parts, which only work together; the last pattern
-   that matches a module wins. Names are those of our `Decoder` (`layers.3.mlp`), `*` matches any run of characters.
+   An override of a block's `attention` or `mlp`, or of a mixture's `shared` expert, holds for all of its parts, which
+   only work together; the last pattern that matches a module wins. Names are those of our `Decoder` (`layers.3.mlp`),
+   `*` matches any run of characters.
 4. Placements of single parameters, written in the same way: `layers.*.attention.k_proj.weight: shard(0)`. They say how
    a parameter is *stored* over tp (and in which layout its gradient and optimizer state are kept), whatever its style
    computes with: it is redistributed for use, and its gradient the same way back. So a weight that a style wants whole
@@ -35,7 +36,11 @@ from train.parallel.plans import PLANS
 from train.parallel.styles import STYLES
 from train.parallel.tensor_axis import Site, TensorAxis, is_cut_unevenly, place
 
-CONTAINERS = ("attention", "mlp")  # modules of a block whose parts fit together only in the ways that styles make
+CONTAINERS = (
+    "attention",
+    "mlp",
+    "shared",
+)  # modules of a block whose parts fit together only in the ways that styles make
 
 
 def apply_tp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
@@ -99,9 +104,9 @@ def choose_styles(model: nn.Module, overrides: dict[str, str]) -> dict[str, str]
     for name, module in model.named_modules():
         planned = next((style for pattern, style in plan.items() if fnmatchcase(name, pattern)), None)
         style = overrides.get(name, planned)
-        container = name.rpartition(".")[0]
+        container, _, leaf = name.rpartition(".")
         if container.rpartition(".")[2] in CONTAINERS:
-            if name in overrides and style != planned:
+            if name in overrides and style != planned and leaf not in CONTAINERS:
                 raise ValueError(
                     f"--tp-plan: {name} fits only the other parts of {container}; give {container} a style, not {name}"
                 )
