@@ -22,7 +22,7 @@ from prep.encode.options import EncodeOptions
 from prep.encode.run import write_store
 from prep.encode.sources import SourceSpec
 from prep.encode.storage import fetch_store, read_remote_store
-from prep.encode.store import DocumentStore, read_store
+from prep.encode.store import DocumentStore, check_units, read_store
 from prep.inspect.report import PAGE_NAME, REPORT_NAME, write_reports
 from prep.inspect.subject import is_packed
 from prep.inspect.verify import verify
@@ -160,6 +160,8 @@ def open_store(origin: Encoding | Stored, out: Path, *, workers, resume, progres
     """The store to pack: the one named, or one made from raw input."""
     if isinstance(origin, Stored):
         store = _here(origin.place, out, progress)
+        with progress.stage("checking the store", "files") as update:
+            check_units(store.path, update)  # it may have lain for long, and the packs would bless what it holds now
         return remix(store, origin.mix) if origin.mix else store
     place = origin.store or str(store_path(out))
     with progress.stage("encoding", "units") as update:

@@ -6,12 +6,17 @@ torch and transformers are imported inside the fixtures: the tests of `prep` mus
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from byte_tokenizer import write_byte_tokenizer
 from tools.smollm2 import convert, find_gguf
 
 SMOLLM2_CACHE = Path(__file__).parent.parent / "build" / "smollm2"  # ignored by git, kept between runs
 TINY_VOCABULARY = 320  # 3 special tokens, 256 bytes, the rest never used: more rows than the tokenizer has ids
+
+# Tests share their cores: how long an example takes says nothing.
+settings.register_profile("meshpack", deadline=None)
+settings.load_profile("meshpack")
 
 
 @pytest.fixture(scope="session")

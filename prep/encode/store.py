@@ -13,6 +13,7 @@ How each file is written, in a folder or behind an address, stands in `storage`.
 
 import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from formats.shard import as_numpy, atomic_write, read_json, write_json
+from formats.shard import as_numpy, atomic_write, file_digest, read_json, write_json
 from prep.ledger import Ledger
 
 STORE_VERSION = 1
@@ -299,6 +300,28 @@ def check_version(place: object, content: dict) -> dict:
             f"{place}: store version {content.get('store_version')}, this program reads {STORE_VERSION}; encode again"
         )
     return content
+
+
+def check_units(path: Path, done: Callable[[int, int], None]) -> None:
+    """Read every file of a finished store once and compare its bytes with the hash that was taken when it was written.
+
+    `done`: called after each file with how many are through, of how many.
+
+    Raises:
+        ValueError: bytes changed; the message names the first such file.
+    """
+    content = read_store(path)
+    files = [(unit_path(path, index), unit["xxh3_128"]) for index, unit in enumerate(content["units"])]
+    if content["selection"] is not None:
+        files.append((path / content["selection"]["name"], content["selection"]["xxh3_128"]))
+    with ThreadPoolExecutor(4) as pool:  # hashing and reading leave Python's lock alone
+        digests = pool.map(file_digest, [file for file, _ in files])
+        for number, ((file, expected), digest) in enumerate(zip(files, digests, strict=True), 1):
+            if digest != expected:
+                raise ValueError(
+                    f"{file}: damaged (its bytes changed); restore it from a copy, or remove the store and encode again"
+                )
+            done(number, len(files))
 
 
 def _read_unit(path: Path, unit: dict) -> list[pa.RecordBatch]:

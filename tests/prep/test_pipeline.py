@@ -16,6 +16,7 @@ from packing_runs import packed, run, tree
 
 from formats.dataset import PackedDataset
 from formats.shard import Shard
+from prep.encode.store import DocumentStore
 
 KILLS = 5
 
@@ -164,3 +165,18 @@ def test_a_part_that_was_finished_is_looked_at_before_it_counts(source, tokenize
     shutil.rmtree(out / "train")
     assert run(*arguments, *options).exit_code == 0
     assert tree(out) == tree(whole)
+
+
+def test_a_store_whose_bytes_changed_is_not_packed(source, tokenizer, tmp_path):
+    packed(source, tmp_path / "out", tokenizer)
+    unit = tmp_path / "out.store" / "units" / "00000.arrow"
+    content = bytearray(unit.read_bytes())
+    ids = content.find(DocumentStore.open(tmp_path / "out.store").batches[0][0].tobytes())
+    content[ids] ^= 1  # another token, which the vocabulary has
+    unit.write_bytes(content)
+    result = run("pack", tmp_path / "out.store", "--out", tmp_path / "again", "--seq-len", 256)
+    assert result.exit_code == 1
+    assert result.output.endswith(
+        f"Error: {unit}: damaged (its bytes changed); restore it from a copy, or remove the store and encode again\n"
+    )
+    assert not (tmp_path / "again").exists()

@@ -113,7 +113,8 @@ def test_misuse(root, tmp_path):
 def test_numbers_that_mean_nothing_are_refused(root, option):
     result = run("plan", root / "out", "--seq-len", 512, "--model", root, *option)
     assert result.exit_code == 2
-    assert option[0] in result.output and "range" in result.output
+    assert option[0] in result.output
+    assert "range" in result.output
 
 
 def test_a_config_that_is_none_is_named(root, tmp_path):

@@ -6,7 +6,7 @@ from itertools import count
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prep.packing import best as best_module
@@ -14,9 +14,6 @@ from prep.packing import pack, rounding
 from prep.packing.bounds import fekete_schepers, l2, lower_bound
 from prep.packing.lengths import Lengths
 from prep.packing.lp import Relaxation, price_bound
-
-settings.register_profile("packing", deadline=None, max_examples=80)
-settings.load_profile("packing")
 
 
 def optimum(sizes, capacity, max_docs=None):

@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prep.packing import cut, cut_stream, pack
 
-settings.register_profile("packing", deadline=None, max_examples=100)
-settings.load_profile("packing")
 lengths_and_capacity = st.tuples(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 12))
 
 

@@ -17,8 +17,6 @@ from prep.packing import lengths as lengths_module
 from prep.packing import level as level_module
 
 HISTOGRAM = ("ffd", "bfd", "level", "best", "optimal")  # planned on the histogram alone
-settings.register_profile("packing", deadline=None, max_examples=80)
-settings.load_profile("packing")
 
 
 @st.composite
