@@ -58,7 +58,8 @@ def ran(data, models, tmp_path_factory):
             backend = ["--compile-backend", "inductor" if device == "cuda" else "aot_eager"]
             options = {"device": device, "dtype": dtype, "eval_shards": data / "eval"}
             runs = {
-                name: [*arguments(data, models["llama"], folder / name, **options), *backend, *flags]
+                name: [*arguments(data, models["llama"], folder / name, **options), *flags]
+                + ("--compile" in flags) * backend
                 for name, flags in (SWITCHES if dtype != "float32" else {"nothing": []}).items()
             }
             for name, (_, flags) in MIXTURES.items():
