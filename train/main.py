@@ -40,6 +40,7 @@ from train.metrics import Metrics, memory_bytes
 from train.mix import open_training
 from train.model.decoder import Decoder
 from train.model.initialize import init_weights
+from train.model.probe import check_experts
 from train.optim import build_optimizer, learning_rate
 from train.outdir import claim, find_start
 from train.parallel.apply import parallelize
@@ -114,6 +115,7 @@ def train(config: Config) -> None:
         windows=any(layer.window is not None for layer in model_config.layers),
         softcap=model_config.attention_softcap,
     )
+    check_experts(model_config, device, dtype)
     with torch.device("meta"):
         model = Decoder(model_config, attention.name)
     model = parallelize(model, mesh, config)

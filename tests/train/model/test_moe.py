@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from train import hf
 from train.attention.interface import Segments
-from train.balance import move_biases, routers, take_load
+from train.balance import ExpertLoad, move_biases, routers, take_load
 from train.model import experts as experts_module
 from train.model.config import MoeConfig
 from train.model.decoder import Decoder
@@ -241,6 +241,12 @@ def test_the_bias_moves_against_the_load(deepseek_dir):
         move_biases(model, counted, 0.01)
         spread.append(counted.max_over_mean)
     assert min(spread[-10:]) < 0.75 * spread[0] + 0.25
+
+
+def test_the_worst_layer_tells_how_uneven_the_load_is():
+    tokens = torch.tensor([[4.0, 4.0], [2.0, 6.0]], dtype=torch.float64)
+    assert ExpertLoad((0, 1), tokens, 0.0, 0.0, 0).max_over_mean == 1.5
+    assert ExpertLoad((0, 1), tokens.flip(0), 0.0, 0.0, 0).max_over_mean == 1.5
 
 
 def poisoned_kernel(x, weight, bias, ends):

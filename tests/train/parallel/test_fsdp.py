@@ -42,13 +42,14 @@ class Sent(TorchDispatchMode):
 
 def step(config, rows):
     """What happened in a step of so many rows on this rank: the collectives, with ("forward", i) and ("backward", i)
-    where block i begins forward and is through backward; types of the hidden states and of the gradients."""
+    where block i begins forward and is through backward; types of the hidden states, of the gradients, and of the
+    routers' weights in forward."""
     layer = LayerConfig(window=None, rope=Rope(1e4, 8))
     shape = ModelConfig("llama", 37, 16, 24, 2, 1, 8, (layer,) * LAYERS, 64, 1e-5, 8**-0.5, tied_embeddings=False)
     if config.layout.ep > 1:
         shape = replace(shape, layers=(replace(layer, experts=True),) * LAYERS, moe=MoeConfig(4, 2, 8))
     mesh = build_mesh(config.layout, torch.device("cpu"))
-    sent, hidden, offloads = Sent(), set(), []
+    sent, hidden, routing, offloads = Sent(), set(), set(), []
 
     def noting(*args, **options):
         offloads.append(options["offload_policy"])
@@ -69,11 +70,13 @@ def step(config, rows):
 
     for number, block in enumerate(model.layers.children()):
         block.register_forward_pre_hook(functools.partial(note, number))  # after FSDP's own
+        if config.layout.ep > 1:
+            block.mlp.router.register_forward_pre_hook(lambda router, _: routing.add(router.weight.dtype))
     ids = torch.arange(12, dtype=torch.int32)
     batch = [MicroBatch(ids, ids.long(), ids, Segments.of([12]))] * rows
     with sent:
         accumulate_gradients(model, batch, rows, 12 * rows, defer_sync=config.layout.defer_sync)
-    return sent.events, hidden, {p.grad.dtype for p in model.parameters()}, offloads
+    return sent.events, hidden, {p.grad.dtype for p in model.parameters()}, offloads, routing
 
 
 def steps(cases):
@@ -160,6 +163,11 @@ def test_a_mixture_is_gathered_ahead_with_its_block(case, forward, backward, see
     assert (gathered(events, "forward"), gathered(events, "backward")) == (forward, backward)
 
 
+def test_routers_of_a_bfloat16_model_choose_by_float32_weights(seen_of_mixtures):
+    for _, hidden, _, _, routing in seen_of_mixtures.values():
+        assert (hidden, routing) == ({torch.bfloat16}, {torch.float32})
+
+
 @pytest.mark.parametrize(
     ("case", "weights", "sums"),
     [
@@ -170,7 +178,7 @@ def test_a_mixture_is_gathered_ahead_with_its_block(case, forward, backward, see
     ],
 )
 def test_weights_and_gradients_travel_in_the_types_of_the_flags(case, weights, sums, seen):
-    events, hidden, gradients, _ = seen[case]
+    events, hidden, gradients, *_ = seen[case]
     assert {event for event in events if event[0] in SENT.values()} == {("gather", weights), ("reduce", sums)}
     assert hidden == {getattr(torch, weights)}
     assert gradients == {torch.float32}, "what the optimizer sees"
