@@ -36,11 +36,8 @@ from train.parallel.plans import PLANS
 from train.parallel.styles import STYLES
 from train.parallel.tensor_axis import Site, TensorAxis, is_cut_unevenly, place
 
-CONTAINERS = (
-    "attention",
-    "mlp",
-    "shared",
-)  # modules of a block whose parts fit together only in the ways that styles make
+CONTAINERS = ("attention", "mlp", "shared")
+"""Modules of a block whose parts fit together only in the ways that styles make."""
 
 
 def apply_tp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
