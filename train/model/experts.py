@@ -5,9 +5,9 @@ size of an expert. The rows of expert e are `ends_E[e-1]:ends_E[e]`; rows from `
 not computed and touch no gradient.
 
 There are two ways. One kernel a projection for all experts, where there is one (`has_kernel`), over rows that are
-gathered before and combined after. Else one expert after the other, from its tokens to their sums: what lies between
-never leaves the cache, and nothing of the size of all rows is made but the two projections that backward needs. Fresh
-memory costs a CPU as much as the products do.
+gathered before and combined after. Else every expert by itself, from its tokens to their sums: what lies between never
+leaves the cache, and nothing of the size of all rows is made but the two projections that backward needs. Fresh memory
+costs a CPU as much as the products do. Where experts have even work, each thread takes some of them.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from train.model.config import MoeConfig
 from train.model.held import held
 from train.model.mlp import activate
 from train.model.rows import Rows
+from train.model.side_by_side import side_by_side
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -124,17 +125,30 @@ def _one_by_one(
     """(the sums [T, D], and for backward gate and up projection [R, F])."""
     gating = Gating(activation, limit, alpha)
     gate_RF, up_RF = (x_TD.new_empty(len(token_R), gate_EFD.shape[1]) for _ in range(2))
-    out_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD))
-    for e, rows in enumerate(_groups(ends_E)):
-        tokens, gate, up = token_R[rows], gate_RF[rows], up_RF[rows]
-        x = x_TD.index_select(0, tokens)
-        _linear(x, gate_EFD, gate_bias_EF, e, out=gate)
-        _linear(x, up_EFD, up_bias_EF, e, out=up)
-        out = _linear(gating(gate, up), down_EDF, down_bias_ED, e, out=x).to(out_TD.dtype)
-        if weights_R is not None:
-            out.mul_(weights_R[rows, None])  # not rounded before the sum, as in `Rows.sum`
-        out_TD.index_add_(0, tokens, out)
-    return out_TD.to(x_TD.dtype), gate_RF, up_RF
+    groups = _groups(ends_E)
+
+    def run(experts: list[int]) -> Tensor:
+        out_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD))
+        for e in experts:
+            rows = groups[e]
+            tokens, gate, up = token_R[rows], gate_RF[rows], up_RF[rows]
+            x = x_TD.index_select(0, tokens)
+            _linear(x, gate_EFD, gate_bias_EF, e, out=gate)
+            _linear(x, up_EFD, up_bias_EF, e, out=up)
+            out = _linear(gating(gate, up), down_EDF, down_bias_ED, e, out=x).to(out_TD.dtype)
+            if weights_R is not None:
+                out.mul_(weights_R[rows, None])  # not rounded before the sum, as in `Rows.sum`
+            out_TD.index_add_(0, tokens, out)
+        return out_TD
+
+    return _sum(side_by_side(_sizes(groups), run)).to(x_TD.dtype), gate_RF, up_RF
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -168,36 +182,50 @@ def _one_by_one_backward(
     """Gradients of the tokens, of the three projections, of their biases if there are any, of the rows' weights if
     there are any."""
     gating, with_bias = Gating(activation, limit, alpha), down_bias_ED is not None
-    grad_x_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD))
     grads = [torch.empty_like(weight) for weight in (gate_EFD, up_EFD, down_EDF)]
     grads += [weight.new_empty(weight.shape[:2]) for weight in (gate_EFD, up_EFD, down_EDF) if with_bias]
     grad_weights_R = None if weights_R is None else torch.zeros_like(weights_R)
-    for e, rows in enumerate(_groups(ends_E)):
-        tokens = token_R[rows]
-        x, grad = x_TD.index_select(0, tokens), grad_TD.index_select(0, tokens)
-        grad_inner = unweighted = grad @ down_EDF[e]
-        if weights_R is not None:
-            grad_inner = unweighted * weights_R[rows, None]
-        inner, grad_gate, grad_up = gating.backward(grad_inner, gate_RF[rows], up_RF[rows])
-        if weights_R is not None:
-            # grad · (down · inner) without what the expert gave, which is not kept.
-            torch.sum(unweighted.mul_(inner), 1, out=grad_weights_R[rows])
+    groups = _groups(ends_E)
+
+    def run(experts: list[int]) -> Tensor:
+        grad_x_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD))
+        for e in experts:
+            rows = groups[e]
+            tokens = token_R[rows]
+            x, grad = x_TD.index_select(0, tokens), grad_TD.index_select(0, tokens)
+            grad_inner = unweighted = grad @ down_EDF[e]
+            if weights_R is not None:
+                grad_inner = unweighted * weights_R[rows, None]
+            inner, grad_gate, grad_up = gating.backward(grad_inner, gate_RF[rows], up_RF[rows])
+            if weights_R is not None:
+                # grad · (down · inner) without what the expert gave, which is not kept.
+                torch.sum(unweighted.mul_(inner), 1, out=grad_weights_R[rows])
+                inner.mul_(weights_R[rows, None])
+                if with_bias:
+                    grad_weights_R[rows] += grad @ down_bias_ED[e]
+            # Of an expert without rows these are 0.
+            for into, of_out, value in zip(grads, (grad_gate, grad_up, grad), (x, x, inner), strict=False):
+                torch.mm(of_out.t(), value, out=into[e])
             if with_bias:
-                grad_weights_R[rows] += grad @ down_bias_ED[e]
-            grad.mul_(weights_R[rows, None])
-        # Of an expert without rows these are 0.
-        for name, (of_out, value) in enumerate(((grad_gate, x), (grad_up, x), (grad, inner))):
-            torch.mm(of_out.t(), value, out=grads[name][e])
-            if with_bias:
-                torch.sum(of_out, 0, out=grads[3 + name][e])
-        grad_x = torch.mm(grad_gate, gate_EFD[e], out=x).addmm_(grad_up, up_EFD[e])
-        grad_x_TD.index_add_(0, tokens, grad_x.to(grad_x_TD.dtype))
+                if weights_R is not None:
+                    grad.mul_(weights_R[rows, None])
+                for into, of_out in zip(grads[3:], (grad_gate, grad_up, grad), strict=True):
+                    torch.sum(of_out, 0, out=into[e])
+            grad_x = torch.mm(grad_gate, gate_EFD[e], out=x).addmm_(grad_up, up_EFD[e])
+            grad_x_TD.index_add_(0, tokens, grad_x.to(grad_x_TD.dtype))
+        return grad_x_TD
+
+    grad_x_TD = _sum(side_by_side(_sizes(groups), run))
     return [grad_x_TD.to(x_TD.dtype), *grads, *([] if grad_weights_R is None else [grad_weights_R])]
 
 
 def _groups(ends_E: Tensor) -> list[slice]:
     """The rows of each expert, perhaps none."""
     return [slice(start, stop) for start, stop in itertools.pairwise((0, *ends_E.tolist()))]
+
+
+def _sizes(groups: list[slice]) -> list[int]:
+    return [rows.stop - rows.start for rows in groups]
 
 
 @_one_by_one.register_fake
