@@ -18,7 +18,7 @@ import xxhash
 
 from prep.encode.files import filesystem, is_remote
 from prep.encode.pieces import can_be_cut
-from prep.encode.preload import fast_tokenizer
+from prep.encode.preload import FastTokenizer, fast_tokenizer
 from prep.scratch import ScratchFolder
 
 # Parallelism is by processes, one work unit each; threads inside them would only fight for the same cores.
@@ -61,7 +61,7 @@ class TokenizerFolder:
         return self.new_tokenizer()
 
     @cached_property
-    def fast_tokenizer(self):
+    def fast_tokenizer(self) -> FastTokenizer | None:
         """The same for fastokens; None where that is not installed or does not read this tokenizer."""
         return fast_tokenizer(self.json_text)
 

@@ -249,7 +249,7 @@ class TokenEncoder:
 
     def _encode_fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         try:
-            ids, offsets = self._fast.encode_batch_flat(texts)
+            ids, offsets = self._fast.native.encode_batch_flat(texts)
         except ValueError:
             # It refuses what it cannot express, without saying which text: close in on it.
             if len(texts) == 1:
@@ -258,7 +258,28 @@ class TokenEncoder:
             parts = [self._encode_fast(texts[:half]), self._encode_fast(texts[half:])]
             offsets = np.concatenate([parts[0][1], parts[1][1][1:] + parts[0][1][-1]])
             return np.concatenate([parts[0][0], parts[1][0]]), offsets
-        return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
+        return self._with_singles(np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64))
+
+    def _with_singles(self, ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of characters in the place of their ids (see `FastTokenizer`)."""
+        if not self._fast.singles or ids.max(initial=0) < self._fast.first_single:
+            return ids, offsets
+        all_tokens, bounds = self._single_tokens
+        places = np.flatnonzero(ids >= self._fast.first_single)
+        begins = bounds[ids[places] - self._fast.first_single]
+        lengths = bounds[1 + ids[places] - self._fast.first_single] - begins
+        counts = np.ones(len(ids), np.int64)
+        counts[places] = lengths
+        grown = bounds_of(counts)
+        out = np.repeat(ids, counts)
+        within = np.arange(lengths.sum()) - np.repeat(bounds_of(lengths)[:-1], lengths)
+        out[np.repeat(grown[places], lengths) + within] = all_tokens[np.repeat(begins, lengths) + within]
+        return out, grown[offsets]
+
+    @cached_property
+    def _single_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens of all `singles` one after the other, int64[N+1] where those of each begin)."""
+        return self._encode_hf(list(self._fast.singles))
 
     def compare(self) -> None:
         """Compare both engines on the sample of the texts encoded so far: whole ones where short, else pieces.
