@@ -10,30 +10,25 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from mixture_steps import BALANCED, built, compare_steps, step, write_steps
 from parity import LIMIT, by_documents, packed_steps
-from reference import distance
 from tiny_models import MIXTURES, write_tiny_model
-from torch.distributed.tensor import DTensor
 
 from formats.dataset import PackedDataset
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
 from train import hf
-from train.balance import routers, take_load
-from train.config import Config, Data, Layout, Model, Router
-from train.cut import choose_cut
-from train.data import PackedLoader, Schedule, open_shards
+from train.balance import routers
+from train.config import Config, Data, Layout, Model
 from train.mesh import build_mesh
 from train.model.decoder import Decoder
 from train.parallel import ep
 from train.parallel.apply import parallelize
 from train.parallel.tp import choose_styles, parse_overrides
-from train.step import accumulate_gradients, sum_loss
 
 SIZES = {"vocab_size": 320, "intermediate_size": 40}
 # (capacity, align, packed for cp): uneven, and aligned for a zigzag cut.
 SHARDS = {"packed for 1": (199, 1, 1), "packed for 2": (200, 4, 2)}
-BALANCED = Router(router_aux_loss=0.3, router_z_loss=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -44,58 +39,6 @@ def places(tmp_path_factory):
         rows = random_packs(np.random.default_rng(4), 5, capacity, align, 320)
         made[name] = make_shards(folder / name, rows, capacity=capacity, align=align, cp=cp)
     return made
-
-
-def built(model_dir, shards, config, mesh, dtype):
-    """(the model of this rank, the loader of its packs)."""
-    device, layout = torch.device("cpu"), config.layout
-    dataset = open_shards(shards, 320)
-    with torch.device("meta"):
-        model = Decoder(hf.read_config(model_dir)).to(dtype)
-    model = parallelize(model, mesh, config)
-    model.to_empty(device=device)
-    hf.load_weights(model, model_dir)
-    schedule = Schedule(len(dataset), "shuffle", 0, 1, config.data.batch_packs, config.data.micro_packs)
-    cut = choose_cut(layout.cp_method, mesh.cp_size, mesh.cp_rank, dataset.manifest, layout.sequence)
-    dp = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-    return model, PackedLoader(dataset, schedule, device=device, cut=cut, **dp)
-
-
-def step(model_dir, shards, config, dtype):
-    """(loss, gradients by name, load) of one step over all packs, equal on all ranks."""
-    mesh = build_mesh(config.layout, torch.device("cpu"))
-    model, loader = built(model_dir, shards, config, mesh, dtype)
-    facts = loader.next_step()
-    share = accumulate_gradients(model, loader.rows(), loader.row_count, facts.target_tokens)
-    loss = sum_loss(share, mesh)
-    loader.close()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    return loss, gradients, take_load(model, model.config, facts.tokens)
-
-
-def compare_steps(cases):
-    """[(loss, worst distance, its parameter, load)] of `step` on every case, against its file of gradients."""
-    results = []
-    for *case, wanted in cases:
-        loss, gradients, load = step(*case)
-        reference = torch.load(wanted)  # a pipeline's rank has gradients of its own layers
-        errors = {name: distance(gradient, reference[name]) for name, gradient in gradients.items()}
-        worst = max(errors, key=errors.get)
-        results.append((loss, errors[worst], worst, load))
-    return results
-
-
-def write_steps(cases):
-    """Run `step` on one rank; writes its gradients and returns (loss, load)."""
-    results = []
-    for *case, path in cases:
-        loss, gradients, load = step(*case)
-        torch.save(gradients, path)
-        results.append((loss, load))
-    return results
 
 
 def case(ep, *, family="deepseek_v3", shards="packed for 1", dtype=torch.float64, micro=1, recompute="none", **layout):

@@ -2,9 +2,9 @@
 
 import torch
 import torch.distributed as dist
+from host_reads import HostReads
 from tiny_models import write_tiny_model
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ranks import run_ranks
 from train import hf
@@ -12,24 +12,6 @@ from train.model import experts
 from train.model.moe import MixtureOfExperts
 from train.packs import TokenPacks
 from train.parallel.ep import ExpertExchange
-
-READS = {"tolist", "item", "numpy", "cpu", "nonzero", "masked_select", "unique", "bincount", "argwhere"}
-READS |= {"__bool__", "__int__", "__float__", "__index__", "__contains__", "__iter__"}
-
-
-class HostReads(TorchFunctionMode):
-    """Notes whatever needs values of a tensor on the host: on a GPU it would wait for all that came before."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func.__name__
-        if name in READS or (name == "repeat_interleave" and "output_size" not in kwargs):
-            self.seen.append(name)
-        return func(*args, **kwargs)
 
 
 def reads(model_dir):

@@ -3,6 +3,7 @@
 A document is (ids, mask): int64[n] token ids and bool[n], which tokens are targets (the first never is).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -86,9 +87,10 @@ def run_by_documents(model: nn.Module, documents: Sequence[Document]) -> tuple[T
 
 
 def distance(value: Tensor, reference: Tensor) -> float:
-    """‖value − reference‖ / ‖reference‖ in float64."""
+    """‖value − reference‖ / ‖reference‖ in float64; infinite where that is no number, so that no maximum passes it."""
     value, reference = value.detach().double(), reference.detach().double()
-    return float((value - reference).norm() / reference.norm())
+    found = float((value - reference).norm() / reference.norm())
+    return math.inf if math.isnan(found) else found
 
 
 def gradient_distances(model: nn.Module, reference: dict[str, Tensor]) -> dict[str, float]:
