@@ -6,7 +6,6 @@ key must be read or be known not to matter: a key nobody knows is refused, since
 without complaint.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from train.model.family import (
     with_windows,
 )
 from train.model.keys import Keys, read_rope
+from train.model.kinds import check_sizes
 from train.model.sparse_families import SPARSE_FAMILIES
 
 POST_NORMS = {
@@ -33,6 +33,7 @@ GEMMA_BLOCK = LLAMA_BLOCK | POST_NORMS | {"mlp_norm": "pre_feedforward_layernorm
 OLMO2_BLOCK = (
     {ours: theirs for ours, theirs in LLAMA_BLOCK.items() if not ours.endswith("_norm")} | POST_NORMS | QK_NORMS
 )
+GEMMA_DEFAULTS = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 PHI3_BLOCK = LLAMA_BLOCK | {
     "attention.q_proj": "self_attn.qkv_proj",
     "attention.k_proj": "self_attn.qkv_proj",
@@ -116,11 +117,20 @@ def _phi3(keys: Keys) -> ModelConfig:
 
 
 def _smollm3(keys: Keys) -> ModelConfig:
-    """Every fourth layer has no position embedding (NoPE)."""
-    windowed = read_qwen_layers(keys)
-    period = keys.take("no_rope_layer_interval", 4)
-    turned = keys.take("no_rope_layers", None) or [(index + 1) % period != 0 for index in range(len(windowed))]
-    layers = tuple(layer if turn else replace(layer, rope=None) for layer, turn in zip(windowed, turned, strict=True))
+    """Every fourth layer has no position embedding (NoPE), and where windows are on, those layers have one."""
+    count, period = keys.take("num_hidden_layers"), keys.take("no_rope_layer_interval", 4)
+    turned = keys.take("no_rope_layers", None) or [int((index + 1) % period != 0) for index in range(count)]
+    if len(turned) != count:
+        raise ValueError(f"no_rope_layers of config.json must name each of the {count} layers, not {len(turned)}.")
+    window = keys.take("sliding_window", None) if keys.take("use_sliding_window", False) else None
+    for key in ("sliding_window", "max_window_layers"):
+        keys.take(key, None)
+    slides = read_sliding(keys, lambda index: window is not None and not turned[index])
+    rope = read_rope(keys, read_head_dim(keys))
+    layers = tuple(
+        LayerConfig(window if sliding else None, rope if turn else None)
+        for sliding, turn in zip(slides, turned, strict=True)
+    )
     bias = keys.take("attention_bias", False)
     return read_common(
         keys,
@@ -141,14 +151,44 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("llama", "LlamaForCausalLM", _llama, LLAMA_BLOCK),
-        Family("mistral", "MistralForCausalLM", _mistral, LLAMA_BLOCK),
-        Family("qwen2", "Qwen2ForCausalLM", _qwen2, LLAMA_BLOCK),
-        Family("qwen3", "Qwen3ForCausalLM", _qwen3, LLAMA_BLOCK | QK_NORMS),
-        Family("gemma2", "Gemma2ForCausalLM", _gemma2, GEMMA_BLOCK),
-        Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, GEMMA_BLOCK | QK_NORMS),
-        Family("phi3", "Phi3ForCausalLM", _phi3, PHI3_BLOCK, PHI3_FUSED),
-        Family("smollm3", "SmolLM3ForCausalLM", _smollm3, LLAMA_BLOCK),
-        Family("olmo2", "Olmo2ForCausalLM", _olmo2, OLMO2_BLOCK),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            _mistral,
+            LLAMA_BLOCK,
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            _qwen2,
+            LLAMA_BLOCK,
+            defaults={"num_key_value_heads": 32, "sliding_window": 4096},
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            _qwen3,
+            LLAMA_BLOCK | QK_NORMS,
+            defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+        ),
+        Family(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            _gemma2,
+            GEMMA_BLOCK,
+            defaults=GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        ),
+        Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, GEMMA_BLOCK | QK_NORMS, defaults=GEMMA_DEFAULTS),
+        Family("phi3", "Phi3ForCausalLM", _phi3, PHI3_BLOCK, PHI3_FUSED, defaults={"rms_norm_eps": 1e-5}),
+        Family(
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            _smollm3,
+            LLAMA_BLOCK,
+            defaults={"num_key_value_heads": 4, "rope_theta": 2e6},
+        ),
+        Family("olmo2", "Olmo2ForCausalLM", _olmo2, OLMO2_BLOCK, defaults={"rms_norm_eps": 1e-5}),
         *SPARSE_FAMILIES,
     )
 }
@@ -159,8 +199,10 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
 
     Raises ValueError for an architecture, a key or a value that is not supported, and lists what is.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json must hold an object, not {type(config).__name__}.")
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES.values())
         raise ValueError(f"Models of type {kind!r} are not supported: use one of {known}.")
     family = FAMILIES[kind]
@@ -169,7 +211,8 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         raise ValueError(
             f"config.json names {architectures}: among models of type {kind!r} only {family.architecture} is supported."
         )
-    keys = Keys(kind, config)
+    keys = Keys(kind, config, family.defaults)
     result = family.read(keys)
     keys.finish()
+    check_sizes(result)
     return result

@@ -28,9 +28,11 @@ class Family:
     it, to the file's; "{}" in a name of the file stands for the number of the expert that the tensor belongs to.
 
     `fused` names the file tensors that hold several of our parameters, one below the other in this order, or row by row
-    in turn (`interleaved`). `transposed` names those whose last two dims are swapped. `stacked` is what differs from
-    `block` in files that hold all experts of a projection in one tensor. A family may have `extra_layers` after its
-    last one, which predict further tokens: they are neither read nor written.
+    in turn (`interleaved`). `defaults` are the values of keys that a `config.json` may leave out and that other
+    families take otherwise, as the published configuration class has them. `transposed` names file tensors whose last
+    two dims are swapped. `stacked` is what differs from `block` in files that hold all experts of a projection in one
+    tensor. A family may have `extra_layers` after its last one, which predict further tokens: they are neither read nor
+    written.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Family:
     read: Callable[[Keys], ModelConfig]
     block: dict[str, str]
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
     stacked: dict[str, str] = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
@@ -45,7 +48,13 @@ class Family:
 
 
 def read_head_dim(keys: Keys) -> int:
-    return keys.take("head_dim", None) or keys.take("hidden_size") // keys.take("num_attention_heads")
+    hidden, heads, given = keys.take("hidden_size"), keys.take("num_attention_heads"), keys.take("head_dim", None)
+    if given is None and hidden % heads:
+        raise ValueError(
+            f"hidden_size {hidden} of config.json is not a multiple of num_attention_heads {heads}, and there is no "
+            "head_dim."
+        )
+    return given or hidden // heads
 
 
 def read_common(keys: Keys, *, layers: tuple[LayerConfig, ...] | None = None, **differences: Any) -> ModelConfig:
@@ -53,7 +62,7 @@ def read_common(keys: Keys, *, layers: tuple[LayerConfig, ...] | None = None, **
 
     Without `layers` all are alike: the whole document is visible, and there is one rotary embedding.
     """
-    head_dim = read_head_dim(keys)
+    head_dim = differences.get("head_dim") or read_head_dim(keys)
     if layers is None:
         layers = with_windows(keys, read_rope(keys, head_dim))
     fields = {
@@ -100,7 +109,7 @@ def read_qwen_layers(keys: Keys) -> tuple[LayerConfig, ...]:
     """Windows are off unless `use_sliding_window`, then in the layers from `max_window_layers` on."""
     window = keys.take("sliding_window", None) if keys.take("use_sliding_window", False) else None
     keys.take("sliding_window", None)
-    first = keys.take("max_window_layers", 0)
+    first = keys.take("max_window_layers", 28)
     slides = read_sliding(keys, lambda index: window is not None and index >= first)
     windows = tuple(window if sliding else None for sliding in slides)
     return with_windows(keys, read_rope(keys, read_head_dim(keys)), windows)

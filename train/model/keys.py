@@ -1,9 +1,11 @@
 """Reading a `config.json` so that no key goes unnoticed."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from train.model.config import Rope
+from train.model.kinds import check_kind
 
 _REQUIRED = object()
 
@@ -41,21 +43,26 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 
 
 class Keys:
-    """The keys of one `config.json`, each to be taken once; `finish` refuses what nobody took."""
+    """The keys of one `config.json`, each to be taken once; `finish` refuses what nobody took. `known` are those that
+    were asked for; `defaults` are the family's own, for keys that are absent."""
 
-    def __init__(self, family: str, config: dict[str, Any]):
+    def __init__(self, family: str, config: Mapping[str, Any], defaults: Mapping[str, Any]):
         self.family = family
+        self._defaults = defaults
         self._left = {key: value for key, value in config.items() if key not in IRRELEVANT}
         self._config = config
-        self._known: set[str] = set()
+        self.known: set[str] = set()
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The value of `key`; `default` if it is absent. Raises ValueError if it must be there and is not."""
+        """The value of `key`; if it is absent the family's default, or `default`. Raises ValueError if it must be there
+        and is not, or is of no sense (`train.model.kinds`)."""
         self._left.pop(key, None)
-        self._known.add(key)
-        if key not in self._config and default is _REQUIRED:
+        self.known.add(key)
+        value = self._config.get(key, self._defaults.get(key, default))
+        if value is _REQUIRED or (value is None and default is _REQUIRED):
             raise ValueError(f"config.json has no {key!r}, which a {self.family} model needs.")
-        return self._config.get(key, default)
+        check_kind(key, value)
+        return value
 
     def only(self, key: str, value: Any) -> None:
         """Take a key that may be absent or be `value`. Raises ValueError when it says anything else."""
@@ -65,7 +72,7 @@ class Keys:
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
         """Our name of the activation that `key` names."""
         name = self.take(key, None) or default
-        if name not in ACTIVATIONS:
+        if not isinstance(name, str) or name not in ACTIVATIONS:
             raise ValueError(f"Activation {name!r} is not supported: {key} may be {', '.join(ACTIVATIONS)}.")
         return ACTIVATIONS[name]
 
@@ -84,7 +91,7 @@ class Keys:
                 raise ValueError(
                     f"config.json holds {key} = {value!r}, which is not supported for {self.family} models: remove "
                     "the key if it changes nothing, or use a supported architecture as published. Keys that are read: "
-                    f"{', '.join(sorted(self._known))}."
+                    f"{', '.join(sorted(self.known))}."
                 )
 
 
@@ -94,6 +101,7 @@ def read_rope(
     which: str | None = None,
     theta_key: str = "rope_theta",
     default_theta: float = 10000.0,
+    default_scaling: Mapping[str, Any] | None = None,
 ) -> Rope:
     """The rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
@@ -103,29 +111,39 @@ def read_rope(
     parameters = keys.take("rope_parameters", None) or {}
     if which in parameters:
         parameters = parameters[which]
+        check_kind("rope_parameters", parameters)
     theta = keys.take(theta_key, None) or default_theta
-    scaling = keys.take("rope_scaling", None) or {}
+    scaling = keys.take("rope_scaling", None) or ({} if parameters else default_scaling) or {}
     if theta_key != "rope_theta":
         scaling = {}
     fraction = keys.take("partial_rotary_factor", None) or 1.0
     given = {"rope_theta": theta, "partial_rotary_factor": fraction, **scaling, **parameters}
+    for key, value in given.items():
+        check_kind(key, value)
     # Where the context before stretching is written down: with the scaling, beside it, or not at all.
     context = keys.take("original_max_position_embeddings", None) or keys.take("max_position_embeddings")
     context = given.pop("original_max_position_embeddings", None) or context
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
-    dim = int(head_dim * given.pop("partial_rotary_factor"))
-    common = {"theta": given.pop("rope_theta"), "dim": dim, "kind": kind}
+
+    def need(key: str) -> Any:
+        value = given.pop(key, None)
+        if value is None:
+            raise ValueError(f"Rope scaling {kind!r} of config.json has no {key!r}, which it needs.")
+        return value
+
+    dim = int(head_dim * (given.pop("partial_rotary_factor") or 1.0))
+    common = {"theta": given.pop("rope_theta") or default_theta, "dim": dim, "kind": kind}
     if kind == "default":
         given.pop("factor", None)
         rope = Rope(**common)
     elif kind == "linear":
-        rope = Rope(**common, factor=given.pop("factor"))
+        rope = Rope(**common, factor=need("factor"))
     elif kind == "llama3":
-        bounds = {key: given.pop(key) for key in ("low_freq_factor", "high_freq_factor")}
-        rope = Rope(**common, factor=given.pop("factor"), original_context=context, **bounds)
+        bounds = {key: need(key) for key in ("low_freq_factor", "high_freq_factor")}
+        rope = Rope(**common, factor=need("factor"), original_context=context, **bounds)
     elif kind == "yarn":
-        factor = given.pop("factor")
+        factor = need("factor")
         attention_factor = given.pop("attention_factor", None)
         mscale, mscale_all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)
         if attention_factor is None:
@@ -148,7 +166,7 @@ def read_rope(
         attention_factor = given.pop("attention_factor", None)
         if attention_factor is None:
             attention_factor = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
-        factors = {f"{size}_factors": tuple(given.pop(f"{size}_factor")) for size in ("short", "long")}
+        factors = {f"{size}_factors": tuple(need(f"{size}_factor")) for size in ("short", "long")}
         common["kind"] = "longrope"
         rope = Rope(**common, original_context=context, attention_factor=attention_factor, **factors)
     else:

@@ -52,6 +52,15 @@ DEEPSEEK_BLOCK = (
     | QWEN_EXPERTS
     | SHARED_EXPERTS
 )
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""The stretched context that a `config.json` means which says nothing of it."""
 GPT_OSS_BLOCK = (
     LLAMA_BLOCK
     | STACKED
@@ -70,17 +79,14 @@ def _moe(keys: Keys, count: str, **differences: Any) -> MoeConfig:
         keys.take(key, None)
     number = keys.take("num_local_experts", None) or keys.take(count)
     keys.take(count, None)
-    fields = {"num_experts": number, "top_k": keys.take("num_experts_per_tok")} | differences
-    if fields["top_k"] > fields["num_experts"]:
-        raise ValueError(f"num_experts_per_tok {fields['top_k']} is more than the {fields['num_experts']} experts.")
-    return MoeConfig(**fields)
+    return MoeConfig(num_experts=number, top_k=keys.take("num_experts_per_tok"), **differences)
 
 
 def _mixtral(keys: Keys) -> ModelConfig:
     if keys.take("router_jitter_noise", 0.0):
         raise ValueError("router_jitter_noise is not supported: set it to 0 in config.json.")
     windows = (keys.take("sliding_window", None),) * keys.take("num_hidden_layers")
-    layers = with_windows(keys, read_rope(keys, read_head_dim(keys), default_theta=1e6), windows)
+    layers = with_windows(keys, read_rope(keys, read_head_dim(keys)), windows)
     moe = _moe(keys, "num_local_experts", intermediate_size=keys.take("intermediate_size"))
     return read_common(keys, layers=tuple(replace(layer, experts=True) for layer in layers), moe=moe)
 
@@ -142,7 +148,7 @@ def _deepseek_v3(keys: Keys) -> ModelConfig:
         keys.take(key, None)
     turned = keys.take("qk_rope_head_dim")
     mla = MlaConfig(
-        query_rank=keys.take("q_lora_rank", None),
+        query_rank=keys.take("q_lora_rank", 1536),
         kv_rank=keys.take("kv_lora_rank"),
         rope_dim=turned,
         value_dim=keys.take("v_head_dim"),
@@ -157,14 +163,14 @@ def _deepseek_v3(keys: Keys) -> ModelConfig:
         intermediate_size=keys.take("moe_intermediate_size"),
         score="sigmoid",
         renormalise=keys.take("norm_topk_prob", True),
-        scale=keys.take("routed_scaling_factor", 1.0),
-        groups=keys.take("n_group", None) or 1,
-        top_groups=keys.take("topk_group", None) or 1,
+        scale=keys.take("routed_scaling_factor", 2.5),
+        groups=keys.take("n_group", 8) or 1,
+        top_groups=keys.take("topk_group", 4) or 1,
         correction_bias=True,
         shared_size=keys.take("moe_intermediate_size") * keys.take("n_shared_experts"),
     )
     layers = with_windows(keys, read_rope(keys, turned))
-    dense = keys.take("first_k_dense_replace", 0)
+    dense = keys.take("first_k_dense_replace", 3)
     bias = keys.take("attention_bias", False)
     return read_common(
         keys,
@@ -190,7 +196,7 @@ def _gpt_oss(keys: Keys) -> ModelConfig:
     window = keys.take("sliding_window", None)
     slides = read_sliding(keys, lambda index: index % 2 == 0)
     windows = tuple(window if sliding else None for sliding in slides)
-    layers = with_windows(keys, read_rope(keys, read_head_dim(keys), default_theta=150000.0), windows)
+    layers = with_windows(keys, read_rope(keys, read_head_dim(keys), default_scaling=GPT_OSS_ROPE), windows)
     keys.take("initial_context_length", None)  # stands in the rotary parameters, too
     keys.take("experts_per_token", None)  # an older name of num_experts_per_tok
     moe = _moe(
@@ -214,6 +220,7 @@ SPARSE_FAMILIES = (
         _mixtral,
         LLAMA_BLOCK | MIXTRAL_EXPERTS,
         FUSED,
+        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
         stacked=STACKED | {"mlp.router": "mlp.gate"},
     ),
     Family(
@@ -222,10 +229,17 @@ SPARSE_FAMILIES = (
         _qwen2_moe,
         LLAMA_BLOCK | QWEN_EXPERTS | SHARED_EXPERT | {"mlp.shared_gate": "mlp.shared_expert_gate"},
         FUSED,
+        {"num_key_value_heads": 16, "sliding_window": 4096},
         stacked=STACKED,
     ),
     Family(
-        "qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe, LLAMA_BLOCK | QK_NORMS | QWEN_EXPERTS, FUSED, stacked=STACKED
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _qwen3_moe,
+        LLAMA_BLOCK | QK_NORMS | QWEN_EXPERTS,
+        FUSED,
+        {"num_key_value_heads": 4, "sliding_window": 4096},
+        stacked=STACKED,
     ),
     Family(
         "deepseek_v3",
@@ -242,6 +256,13 @@ SPARSE_FAMILIES = (
         _gpt_oss,
         GPT_OSS_BLOCK,
         FUSED | FUSED_BIAS,
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 128,
+            "rope_theta": 150000.0,
+        },
         interleaved=frozenset((*FUSED, *FUSED_BIAS)),
         transposed=frozenset((*FUSED, "mlp.experts.down_proj")),
     ),
