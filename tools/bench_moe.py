@@ -9,11 +9,10 @@ each expert the tokens that chose it, indexed, computed, added. transformers has
 built without a word about it takes on this device is marked.
 
 "share" is that of a dense matrix product: the layer's multiplications (2 a weight and token forward, 4 backward) a
-second over those of one product of 2048 × 2048 by 2048 × 2048, in the same type with the same threads. "products alone"
-are the layer's nine products for every expert, in turn and into buffers that are kept, and nothing else: no router, no
-sorting, no activation, no new memory for gradients. What is made of such products is hardly faster. Tried on CPU to no
-gain that could be told from noise: gradients in pages of 2 MB (38,000 page faults a step became 600 to 1,500), rows
-split once for all experts.
+second over those of a square product of 2048 (on a GPU 8192) in the same type with the same threads. "products alone"
+are the layer's nine products and nothing else: no router, no sorting, no activation. On a CPU they are made expert by
+expert, by all threads, into buffers that are kept (the layer's gradients are new memory); on a GPU by the kernel that
+takes all experts at once, so that their share is the peak of grouped products.
 
 The bytes that expert parallelism sends are arithmetic: K·D values a token there and back, (ep − 1)/ep of them leave the
 rank when experts are equally busy; backward sends the same.
@@ -35,6 +34,7 @@ import transformers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock  # noqa: E402
 
+from train.model.experts import has_kernel  # noqa: E402
 from train.model.families import model_config  # noqa: E402
 from train.model.moe import MixtureOfExperts  # noqa: E402
 from train.packs import TokenPacks  # noqa: E402
@@ -125,28 +125,55 @@ def products_alone(options: argparse.Namespace, x_TD: Tensor) -> Callable[[], tu
     router of the layers does it nearly enough: at random."""
     D, F, E = options.hidden, options.intermediate, options.experts
     chosen = torch.rand(options.tokens, E).topk(options.top_k).indices
-    rows = chosen.flatten().bincount(minlength=E).tolist()
-    wide, narrow, out_wide, out_narrow = (x_TD.new_ones(max(rows), size) for size in (D, F, D, F))
-    weights = [(x_TD.new_ones(F, D), x_TD.new_ones(F, D), x_TD.new_ones(D, F)) for _ in range(E)]
-    gradients = [tuple(torch.zeros_like(weight) for weight in of_expert) for of_expert in weights]
+    rows = chosen.flatten().bincount(minlength=E)
+    down = x_TD.new_ones(E, D, F)
+    gate, up = (x_TD.new_ones(E, F, D) for _ in range(2))
+    if has_kernel(x_TD, gate):
+        return _timed(*_grouped(rows.cumsum(0).int().to(x_TD.device), gate, up, down), x_TD.device)
+    wide, narrow, out_wide, out_narrow = (x_TD.new_ones(int(rows.max()), size) for size in (D, F, D, F))
+    gradients = [torch.zeros_like(weight) for weight in (gate, up, down)]
 
-    def run() -> tuple[float, float]:
-        _wait(x_TD.device)
-        began = time.perf_counter()
-        for n, (gate, up, down) in zip(rows, weights, strict=True):
+    def forward() -> None:
+        for e, n in enumerate(rows.tolist()):
             for weight in (gate, up):
-                torch.mm(wide[:n], weight.t(), out=out_narrow[:n])
-            torch.mm(narrow[:n], down.t(), out=out_wide[:n])
-        _wait(x_TD.device)
-        forward = time.perf_counter() - began
-        for n, (gate, up, down), into in zip(rows, weights, gradients, strict=True):
-            torch.mm(wide[:n], down, out=out_narrow[:n])
-            torch.mm(wide[:n].t(), narrow[:n], out=into[2])
-            for weight, gradient in ((gate, into[0]), (up, into[1])):
-                torch.mm(narrow[:n], weight, out=out_wide[:n])
-                torch.mm(narrow[:n].t(), wide[:n], out=gradient)
-        _wait(x_TD.device)
-        return forward, time.perf_counter() - began
+                torch.mm(wide[:n], weight[e].t(), out=out_narrow[:n])
+            torch.mm(narrow[:n], down[e].t(), out=out_wide[:n])
+
+    def backward() -> None:
+        for e, n in enumerate(rows.tolist()):
+            torch.mm(wide[:n], down[e], out=out_narrow[:n])
+            torch.mm(wide[:n].t(), narrow[:n], out=gradients[2][e])
+            for weight, gradient in ((gate, gradients[0]), (up, gradients[1])):
+                torch.mm(narrow[:n], weight[e], out=out_wide[:n])
+                torch.mm(narrow[:n].t(), wide[:n], out=gradient[e])
+
+    return _timed(forward, backward, x_TD.device)
+
+
+def _grouped(ends_E: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Callable, Callable]:
+    """The products of all experts at once, forward and backward."""
+    product = nn.functional.grouped_mm
+    wide, narrow = (gate.new_ones(int(ends_E[-1]), size) for size in gate.shape[:0:-1])
+
+    def forward() -> None:
+        for weight in (gate, up):
+            product(wide, weight.transpose(1, 2), offs=ends_E)
+        product(narrow, down.transpose(1, 2), offs=ends_E)
+
+    def backward() -> None:
+        product(wide, down, offs=ends_E)
+        product(wide.t(), narrow, offs=ends_E)
+        for weight in (gate, up):
+            product(narrow, weight, offs=ends_E)
+            product(narrow.t(), wide, offs=ends_E)
+
+    return forward, backward
+
+
+def _timed(forward: Callable, backward: Callable, device: torch.device) -> Callable[[], tuple[float, float]]:
+    def run() -> tuple[float, float]:
+        took = _time(forward, device)
+        return took, took + _time(backward, device)
 
     return run
 
@@ -190,7 +217,8 @@ def main() -> None:
 
     best = dict.fromkeys((*found, "products alone"), (float("inf"), float("inf")))
     alone = products_alone(options, x_TD)
-    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     dense = float("inf")
     for _ in range(options.rounds):
         for name, layer in found.items():
@@ -199,7 +227,7 @@ def main() -> None:
         best["products alone"] = tuple(map(min, best["products alone"], alone()))
         dense = min(dense, _time(lambda: a @ b, device))
     forward_flops = 6 * options.tokens * options.top_k * options.hidden * options.intermediate
-    peak = 2 * 2048**3 / dense
+    peak = 2 * size**3 / dense
     print(
         f"{options.experts} experts, top-{options.top_k}, hidden {options.hidden}, intermediate "
         f"{options.intermediate}, {options.tokens} tokens, {device.type} {dtype}, {options.threads} threads\n\n"
