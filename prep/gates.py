@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from prep.ledger import SPLIT_REASONS
+
 EXIT_CODE = 3
 """Of `prep pack` when everything was written but a gate is not met."""
 
@@ -15,8 +17,7 @@ _PATTERN = re.compile(r"\s*([a-z_]+)\s*(<=|>=|==|<|>)\s*((?:\d+\.?\d*|\.\d+)(?:e
 def _share(book: str, unit: str) -> Callable[[Mapping], float]:
     def of(report: Mapping) -> float:
         total = report["ledger"]["total"]
-        # What went to the other split is not lost.
-        lost = sum(count[unit] for reason, count in total[book].items() if reason not in ("to_train", "to_eval"))
+        lost = sum(count[unit] for reason, count in total[book].items() if reason not in SPLIT_REASONS)
         return lost / max(1, total["read"][unit])
 
     return of

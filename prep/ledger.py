@@ -13,6 +13,9 @@ from formats.shard import read_json
 
 LEDGER_NAME = "ledger.json"
 
+SPLIT_REASONS = ("to_eval", "to_train", "held_out_copy")
+"""Reasons for which a document is not in one of train and eval: it is in the other, or its twin is. Nothing is lost."""
+
 _COUNTS = ("read", "repeated", "kept")
 _BOOKS = ("dropped", "truncated")
 

@@ -47,10 +47,13 @@ from prep.options import Size, as_json, echo_json
     default=0.0,
     show_default=True,
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of documents, chosen by hash, held out: makes OUT/train and OUT/eval.",
+    help="Share of documents, chosen by hash, held out: makes OUT/train and OUT/eval. Equal ones stay together.",
 )
 @click.option(
-    "--eval-source", "eval_sources", multiple=True, help="Hold out all documents of this source, and their copies."
+    "--eval-source",
+    "eval_sources",
+    multiple=True,
+    help="Hold out all documents of this source; copies that other sources have of them are left out of both.",
 )
 @click.option("--shard-size", type=Size(), default="256M", show_default=True, help="Aim of a shard, e.g. 64M or 2G.")
 @click.option(

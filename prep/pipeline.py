@@ -104,22 +104,22 @@ def _pack(origin, out, options, output, workers, resume, progress) -> list[Path]
         # Held-out packs are read from first to last, never permuted, and none is left out.
         chosen = replace(options, order="input", drop_last=False) if name == "eval" else options
         try:
-            plans.append((name, rows, chosen, make_plan(store.lengths[rows], rows, chosen)))
+            plans.append((name, chosen, make_plan(store.lengths[rows], rows, chosen)))
         except ValueError as error:
             if isinstance(origin, Stored):
                 raise
             # The encoding is done and need not be repeated: say where it lies.
             raise ValueError(f"{error}; the token ids are kept, go on from them: prep pack {store.path} …") from None
-        if plans[-1][3].certificate:
-            progress.say(f"{name} packs: {plans[-1][3].certificate}")
-        if plans[-1][3].num_packs == 0:
+        if plans[-1][2].certificate:
+            progress.say(f"{name} packs: {plans[-1][2].certificate}")
+        if plans[-1][2].num_packs == 0:
             raise ValueError(
                 f"no document is left{'' if name == 'all' else f' for {name}'} after --overlong {options.overlong}; "
                 "take a larger --seq-len, or --overlong truncate or split"
             )
     return [
-        _write_part(name, rows, chosen, plan, store, origin, out, output, workers, progress)
-        for name, rows, chosen, plan in plans
+        _write_part(name, parts, chosen, plan, store, origin, out, output, workers, progress)
+        for name, chosen, plan in plans
     ]
 
 
@@ -204,7 +204,7 @@ def store_path(out: Path) -> Path:
     return out.with_name(out.name + ".store")
 
 
-def _write_part(name, rows, options, plan, store, origin, out, output, workers, progress) -> Path:
+def _write_part(name, parts, options, plan, store, origin, out, output, workers, progress) -> Path:
     folder = out if name == "all" else out / name
     info = store.info
     pad_id = next((i for i in (info.pad_id, info.eos_id) if i is not None), 0)
@@ -264,7 +264,7 @@ def _write_part(name, rows, options, plan, store, origin, out, output, workers, 
             on_done=report,
         )
     files.append(write_index(folder / INDEX_NAME, columns))
-    ledger = part_ledger(name, rows, plan, store)
+    ledger = part_ledger(name, parts, plan, store)
     files.append(write_json(folder / LEDGER_NAME, ledger.to_json()))
     manifest = Manifest(
         kind=options.format,

@@ -7,7 +7,7 @@ import numpy as np
 from prep.encode.builtin import hash_template, load_template
 from prep.encode.mix import check_shares, select
 from prep.encode.sources import SourceSpec, as_sources
-from prep.encode.store import DocumentStore, source_ranges
+from prep.encode.store import DocumentStore, read_store, source_ranges
 from prep.ledger import Ledger
 
 _SELECTED = ("duplicate", "beyond_share")
@@ -28,15 +28,14 @@ def remix(store: DocumentStore, mix: Sequence[SourceSpec]) -> DocumentStore:
     """
     mix = as_sources(mix)
     check_shares(mix)
-    ledger, counts = _before_selection(store)
-    _check_sources(mix, counts, store)
-    ranges = {name: (first, last) for name, first, last in source_ranges(list(counts), list(counts.values()))}
+    ledger, ranges = _before_selection(store)
+    _check_sources(mix, ranges, store)
     kept = ledger.to_json()["sources"]
-    for name in counts.keys() - {spec.name for spec in mix}:
+    for name in ranges.keys() - {spec.name for spec in mix}:
         ledger.drop_kept(name, NOT_IN_MIX, kept[name]["kept"]["documents"], kept[name]["kept"]["tokens"])
     names = [spec.name for spec in mix]
     used = np.concatenate([np.arange(*ranges[name], dtype=np.int64) for name in names])
-    sources = source_ranges(names, [counts[name] for name in names])
+    sources = source_ranges(names, [ranges[name][1] - ranges[name][0] for name in names])
     view = store.with_rows(used, sources, ledger)
     dedup = store.info.options.get("dedup") == "exact"
     chosen = select(view, [(first, last) for _, first, last in sources], mix, ledger, dedup=dedup)
@@ -50,10 +49,19 @@ def shares(mix: Sequence[SourceSpec]) -> list[dict]:
     return [{name: getattr(spec, name) for name in names} for spec in mix]
 
 
-def _before_selection(store: DocumentStore) -> tuple[Ledger, Mapping[str, int]]:
-    """The ledger as it was before duplicates and shares left documents out or repeated them, and how many documents of
-    each source, in order, the units hold."""
-    value = store.ledger.to_json()
+def hashes_as_read(store: DocumentStore, names: Sequence[str]) -> np.ndarray:
+    """Hashes of all documents that were read from these sources, uint64[N]: also of those that lie in the units of the
+    store only, as duplicates or beyond a share."""
+    _, ranges = _before_selection(store)
+    rows = np.concatenate([np.arange(*ranges[name], dtype=np.int64) for name in names])
+    return store.with_rows(rows, (), store.ledger).doc_hashes
+
+
+def _before_selection(store: DocumentStore) -> tuple[Ledger, Mapping[str, tuple[int, int]]]:
+    """The ledger as it was before duplicates and shares left documents out or repeated them, and which rows of the
+    units, (first, last), each source has there; also of a store that has another mix by now."""
+    content = read_store(store.path)
+    value = content["ledger"]
     for account in value["sources"].values():
         taken = [account["dropped"].pop(reason) for reason in _SELECTED if reason in account["dropped"]]
         for unit in ("documents", "tokens"):
@@ -63,8 +71,9 @@ def _before_selection(store: DocumentStore) -> tuple[Ledger, Mapping[str, int]]:
     counts = {name: account["kept"]["documents"] for name, account in value["sources"].items()}
     if sum(counts.values()) != store.starts[-1]:
         raise ValueError(f"{store.path}: its ledger does not fit its units; remove the store and encode again")
-    order = [name for name, _, _ in store.info.sources]
-    return ledger, {name: counts[name] for name in order}
+    order = [name for name, _, _ in content["sources"]]
+    ranges = source_ranges(order, [counts[name] for name in order])
+    return ledger, {name: (first, last) for name, first, last in ranges}
 
 
 def _check_sources(mix: Sequence[SourceSpec], names: Mapping[str, int], store: DocumentStore) -> None:

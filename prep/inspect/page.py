@@ -10,12 +10,13 @@ from markupsafe import Markup
 
 from prep.inspect import charts
 from prep.inspect.visible import visible
+from prep.ledger import SPLIT_REASONS
 
 BOOKS = ("dropped", "truncated")
-OTHER_SPLIT = ("to_eval", "to_train")
 REASONS = {
     "to_eval": "held out for evaluation",
     "to_train": "left to training",
+    "held_out_copy": "copies of held-out documents",
     "overlong": "longer than the capacity",
     "last_pack": "in the pack that --drop-last left out",
     "no_targets": "without a target token",
@@ -62,7 +63,7 @@ def flow(report: dict) -> list[tuple[str, list[tuple[str, int, str]]]]:
     """The rows of the flow: what was read, what became of it, what the packs hold, what of that is trained."""
     account = report["ledger"]["total"]
     reasons = [(reason, count["tokens"]) for book in BOOKS for reason, count in sorted(account[book].items())]
-    lost = [(REASONS.get(r, r), tokens, "d" if r in OTHER_SPLIT else "c") for r, tokens in reasons if tokens]
+    lost = [(REASONS.get(r, r), tokens, "d" if r in SPLIT_REASONS else "c") for r, tokens in reasons if tokens]
     kept = account["kept"]["tokens"]
     targets, tokens = report["target_tokens"], report["tokens"]
     return [
@@ -86,7 +87,7 @@ def ledger_rows(account: dict) -> list[tuple[str, int, int]]:
     for book in BOOKS:
         for reason, count in sorted(account[book].items()):
             label = REASONS.get(reason, reason)
-            rows.append((label if reason in OTHER_SPLIT else f"{book}: {label}", count))
+            rows.append((label if reason in SPLIT_REASONS else f"{book}: {label}", count))
     rows.append(("kept", account["kept"]))
     return [(what, count["documents"], count["tokens"]) for what, count in rows]
 

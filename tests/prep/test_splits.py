@@ -3,25 +3,35 @@
 import json
 
 import numpy as np
+import pytest
 from packing_runs import chats, documents_of, packed, run, write_jsonl
+from tokenizers import Tokenizer
 
 from formats.manifest import read_manifest
 from prep.encode.mix import take
 
 
 def test_held_out_documents_stay_held_out_when_data_grows(tokenizer, tmp_path):
+    """In front of what there was, behind it, and on both sides: what decides is the document, never where it stands."""
     records = list(chats(400, seed=5))
-    few = packed(write_jsonl(tmp_path / "few.jsonl", records[:300]), tmp_path / "a", tokenizer, "--eval-fraction", 0.2)
-    many = packed(write_jsonl(tmp_path / "many.jsonl", records), tmp_path / "b", tokenizer, "--eval-fraction", 0.2)
-    parts = [{s: set(documents_of(folder / s)) for s in ("train", "eval")} for folder in (few, many)]
-    for part, count in zip(parts, (300, 400), strict=True):
-        assert part["train"].isdisjoint(part["eval"])
-        assert len(part["train"] | part["eval"]) == count
-        assert 0.1 * count < len(part["eval"]) < 0.3 * count
-    assert parts[0]["eval"] == {d for d in parts[1]["eval"] if d < 300}
-    assert read_manifest(few / "eval").order == "input"
-    total = [json.loads((few / s / "ledger.json").read_text())["total"]["kept"]["tokens"] for s in ("train", "eval")]
-    assert sum(total) == json.loads((tmp_path / "a.store" / "store.json").read_text())["tokens"]
+    sides, kept = {}, {}
+    for name, some in {"few": records[50:350], "front": records[:350], "behind": records[50:], "both": records}.items():
+        source = write_jsonl(tmp_path / f"{name}.jsonl", some)
+        folder = packed(source, tmp_path / name, tokenizer, "--eval-fraction", 0.2)
+        for part in ("train", "eval"):
+            found = documents_of(folder / part)
+            assert len(found) == read_manifest(folder / part).totals["documents"]
+            sides[name, part] = {(tuple(ids), tuple(mask)) for ids, mask in found.values()}
+            account = json.loads((folder / part / "ledger.json").read_text())["total"]["kept"]
+            kept[name, part] = account
+        assert sides[name, "train"].isdisjoint(sides[name, "eval"])
+        assert kept[name, "train"]["documents"] + kept[name, "eval"]["documents"] == len(some)
+        assert 0.1 * len(some) < kept[name, "eval"]["documents"] < 0.3 * len(some)
+        stored = json.loads((tmp_path / f"{name}.store" / "store.json").read_text())["tokens"]
+        assert kept[name, "train"]["tokens"] + kept[name, "eval"]["tokens"] == stored
+        for part in ("train", "eval"):
+            assert sides["few", part] <= sides[name, part]
+    assert read_manifest(folder / "eval").order == "input"
 
 
 def test_a_whole_source_is_held_out(tokenizer, tmp_path):
@@ -36,17 +46,35 @@ def test_a_whole_source_is_held_out(tokenizer, tmp_path):
     assert "--eval-source c is none of the sources a.jsonl, b.jsonl" in result.output
 
 
-def test_copies_of_a_held_out_source_are_not_trained(tokenizer, tmp_path):
-    records = list(chats(60, seed=0))
-    sources = [write_jsonl(tmp_path / f"{name}.jsonl", some) for name, some in (("a", records), ("b", records[:20]))]
-    arguments = ["--out", tmp_path / "out", "--tokenizer", tokenizer, "--seq-len", 256, "--workers", 1, "--no-page"]
-    assert run("pack", *sources, *arguments, "--eval-source", "b.jsonl").exit_code == 0
-    held_out = [row for row, record in enumerate(records) if record in records[:20]]
-    assert sorted(documents_of(tmp_path / "out" / "train")) == sorted({*range(60)} - {*held_out})
-    assert sorted(documents_of(tmp_path / "out" / "eval")) == [*held_out, *range(60, 80)]
-    ledger = json.loads((tmp_path / "out" / "train" / "ledger.json").read_text())["sources"]
-    dropped = {name: account["dropped"]["to_eval"]["documents"] for name, account in ledger.items()}
-    assert dropped == {"a.jsonl": len(held_out), "b.jsonl": 20}
+@pytest.mark.parametrize(("dedup", "mix"), [("none", False), ("exact", False), ("none", True), ("exact", True)])
+def test_copies_of_a_held_out_source_are_not_trained_and_do_not_count_twice(dedup, mix, tokenizer, tmp_path):
+    """Also where --dedup took the held-out documents for the copies, and where a mix reads the other source twice."""
+    records = [{"text": f"text {i}"} for i in range(60)]
+    named = {"a": records, "b": [*records[50:], *records[50:53], *({"text": f"more {i}"} for i in range(10))]}
+    sources = [write_jsonl(tmp_path / f"{name}.jsonl", some) for name, some in named.items()]
+    arguments = ["--tokenizer", tokenizer, "--seq-len", 256, "--workers", 1, "--no-page", "--dedup", dedup]
+    (tmp_path / "mix.yaml").write_text("sources: [{name: a.jsonl, repeat: 2}, {name: b.jsonl}]")
+    result = run("encode", *sources, "--out", tmp_path / "s", *arguments[:2], *arguments[-2:])
+    assert result.exit_code == 0, result.output
+    arguments = ["--seq-len", 256, "--no-page", *(["--mix", tmp_path / "mix.yaml"] if mix else [])]
+    result = run("pack", tmp_path / "s", "--out", tmp_path / "out", *arguments, "--eval-source", "b.jsonl")
+    assert result.exit_code == 0, result.output
+    decode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).decode
+    texts = {
+        part: sorted(decode(ids, skip_special_tokens=True) for ids, _ in documents_of(tmp_path / "out" / part).values())
+        for part in ("train", "eval")
+    }
+    assert texts["train"] == sorted(f"text {i}" for i in range(50) for _ in range(2 if mix else 1))
+    as_read = [record["text"] for record in named["b"]]
+    assert texts["eval"] == sorted(as_read if dedup == "none" else set(as_read))
+    ledgers = {p: json.loads((tmp_path / "out" / p / "ledger.json").read_text())["sources"] for p in ("train", "eval")}
+    copies = {("none", False): 10, ("none", True): 20, ("exact", True): 10}.get((dedup, mix), 0)
+    for part, ledger in ledgers.items():
+        dropped = ledger["a.jsonl"]["dropped"]
+        assert dropped.get("held_out_copy", {"documents": 0})["documents"] == copies, part
+    kept = {part: ledger["a.jsonl"]["kept"]["documents"] for part, ledger in ledgers.items()}
+    assert kept == {"train": 100 if mix else 50, "eval": 10 if dedup == "exact" else 0}
+    assert "held_out_copy" not in ledgers["train"]["b.jsonl"]["dropped"]
 
 
 def test_what_is_held_out_of_a_share_is_the_fraction_asked_for():
