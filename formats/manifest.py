@@ -102,9 +102,8 @@ def read_manifest(folder: Path) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: no such folder of packed shards; restore it from a copy, or make it with prep pack"
-        )
+        what = "is a file and no folder" if folder.is_file() else "no such folder"
+        raise ValueError(f"{folder}: {what} of packed shards; restore it from a copy, or make it with prep pack")
     if not path.is_file():
         inner = [name for name in ("train", "eval") if (folder / name).is_dir()]
         if any((folder / name / MANIFEST_NAME).is_file() for name in inner):
@@ -115,6 +114,13 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(
                 f"{folder}: a document store and no packed shards; make some: prep pack {folder} --out DIR --seq-len N"
             )
+        if stores := [str(folder / name) for name in inner if (folder / name / "store.json").is_file()]:
+            raise ValueError(
+                f"{folder}: holds document stores and no packed shards; make some of {' and of '.join(stores)}, e.g. "
+                f"prep pack {stores[0]} --out DIR --seq-len N"
+            )
+        if not any((folder / part / name).exists() for part in ("", *inner) for name in ("shards", "packs.arrow")):
+            raise ValueError(f"{folder}: holds no packed shards; name a folder that prep pack wrote")
         raise ValueError(
             f"{folder}: no {MANIFEST_NAME}, so these shards are unfinished; finish them with prep pack --resume, "
             "or, where it was lost, write it anew with prep verify --rebuild"

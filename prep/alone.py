@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_TRIES = 1000
+"""A folder that is gone so often is taken away by nobody: the file system (such as /proc) never had it."""
+
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
@@ -16,7 +19,7 @@ def alone(out: Path) -> Iterator[None]:
     this machine. On a network file system it may not reach beyond this machine.
 
     Raises:
-        ValueError: `out` is a file, a link that leads nowhere, or held by another process.
+        ValueError: `out` is a file, a link that leads nowhere, cannot be made, or is held by another process.
     """
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder" if out.exists() else f"--out {out} leads nowhere")
@@ -35,12 +38,14 @@ def alone(out: Path) -> Iterator[None]:
 
 def _locked(out: Path) -> int:
     """A descriptor of the folder that carries its lock."""
-    while True:
+    for _ in range(_TRIES):
         try:
             out.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # another process just took its empty folder away
             continue
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be made: {error.strerror}; name another folder") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), os.stat(out)):
@@ -53,3 +58,4 @@ def _locked(out: Path) -> int:
         except FileNotFoundError:
             pass
         os.close(descriptor)  # what was locked is no longer what the name leads to
+    raise ValueError(f"--out {out} cannot be made; name another folder")

@@ -25,13 +25,14 @@ COMMANDS = {
 EPILOG = """\b
 Exit codes:
   0  done
-  1  something is wrong with the input, the options or a folder (one sentence says what),
-     or lint or verify found an error
+  1  something is wrong with the input, the options or a folder (one sentence
+     says what), or lint or verify found an error
   2  the command line is not understood
   3  a --gate is not met (everything was written)
 
 \b
-Completion for your shell:  eval "$(_PREP_COMPLETE=bash_source prep)"   (or zsh_source, fish_source)
+Completion for your shell (or zsh_source, fish_source):
+  eval "$(_PREP_COMPLETE=bash_source prep)"
 """
 
 
@@ -57,7 +58,14 @@ class Commands(click.Group):
         except (ValueError, OSError) as error:
             if os.environ.get("MESHPACK_TRACEBACK"):
                 raise
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(_sentence(error)) from None
+
+
+def _sentence(error: ValueError | OSError) -> str:
+    """Without the number that an OSError of the system begins with."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)

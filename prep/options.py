@@ -17,6 +17,38 @@ workers = click.option(
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 
+quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
+
+
+class Output(click.ParamType):
+    """A place to write: a folder, which is made if missing, or a file in a folder that exists. What cannot be written
+    is refused before any work is done. With `address` an address (s3://…) passes as it is."""
+
+    name = "path"
+
+    def __init__(self, *, file: bool = False, address: bool = False):
+        self._file, self._address = file, address
+
+    def convert(self, value, param, ctx) -> str:
+        text, kind = str(value), "file" if self._file else "folder"
+        option = f"{param.opts[0]} {text}"
+        if "://" in text and not text.startswith("file://"):
+            if not self._address:
+                raise click.ClickException(f"{option}: name a {kind} of this machine, and copy it from there")
+            return text
+        if not text:
+            raise click.ClickException(f"{param.opts[0]} is empty; name a {kind}")
+        path = Path(text.removeprefix("file://"))
+        above = path.parent if self._file else next(p for p in (path, *path.parents) if os.path.lexists(p))
+        if self._file and path.is_dir():
+            raise click.ClickException(f"{option} is a folder; name a file")
+        if not above.is_dir():
+            what = f"{above} is a file" if above.is_file() else f"there is no folder {above}"
+            raise click.ClickException(f"{option}: {what}; name another {kind}")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise click.ClickException(f"{option}: nothing may be written in {above}; name another {kind}")
+        return text if self._address else str(path)
+
 
 class Size(click.ParamType):
     """A number of bytes: 65536, 64K, 256M, 2G (powers of 1024)."""

@@ -7,12 +7,17 @@ import click
 from click.core import ParameterSource
 
 from prep.encode.command import encode, options_of, resumable, sources_of
-from prep.options import Size, as_json, echo_json
+from prep.options import Output, Size, as_json, echo_json, quiet
 
 
-@click.command()
+@click.command(short_help="Pack raw files or a document store into shards for training.")
 @click.argument("inputs", nargs=-1)
-@click.option("--out", required=True, help="Folder for the shards, or an address (s3://…); must be empty.")
+@click.option(
+    "--out",
+    required=True,
+    type=Output(address=True),
+    help="Folder for the shards, or an address (s3://…); must be empty.",
+)
 @click.option("--tokenizer", help="Folder or address with tokenizer.json and the chat template; for raw input.")
 @click.option("--seq-len", required=True, type=int, help="Capacity of a pack in tokens.")
 @click.option(
@@ -65,7 +70,7 @@ from prep.options import Size, as_json, echo_json
 @click.option("--no-page", is_flag=True, help="Write no report.html.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the cores of this machine.")
 @click.option("--resume", is_flag=True, help="Finish what an interrupted run with the same options left.")
-@click.option("--quiet", is_flag=True, help="No progress and no report; errors only.")
+@quiet
 @as_json
 @resumable
 def pack(

@@ -23,6 +23,7 @@ from prep.encode.run import write_store
 from prep.encode.sources import SourceSpec
 from prep.encode.storage import fetch_store, read_remote_store
 from prep.encode.store import DocumentStore, check_units, read_store
+from prep.inspect.facts import packed_folders
 from prep.inspect.report import PAGE_NAME, REPORT_NAME, write_reports
 from prep.inspect.subject import is_packed
 from prep.inspect.verify import verify
@@ -146,9 +147,12 @@ def find_store(inputs: Sequence[str]) -> str | None:
     """The document store that `inputs` is, or None for raw input; ValueError for packed shards, which are neither, and
     for a store among others."""
     if is_packed(inputs):
+        folder = Path(inputs[0])
+        parts = " and ".join(str(part) for part in packed_folders(folder) if part != folder)
+        store = store_path(folder) if _is_store(str(store_path(folder))) else "OUT.store"
         raise ValueError(
-            f"{inputs[0]} holds packed shards: pack the raw files or the document store that they were made of "
-            "(OUT.store), or change their form with prep convert"
+            f"{folder} holds packed shards{f' in {parts}' if parts else ''}: pack the raw files or the document store "
+            f"that they were made of ({store}), or change their form with prep convert"
         )
     stores = [place for place in inputs if _is_store(place)]
     if stores and len(inputs) > 1:

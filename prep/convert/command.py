@@ -1,8 +1,10 @@
 """`prep convert`."""
 
+from pathlib import Path
+
 import click
 
-from prep.options import FOLDER
+from prep.options import FOLDER, Output, as_json, echo_json, quiet
 from prep.options import workers as workers_option
 
 TO = ("thd", "seqid", "hf", "automodel", "bridge", "megatron")
@@ -17,13 +19,14 @@ HINTS = {
 }
 
 
-@click.command()
+@click.command(short_help="Write packs in another layout or in another trainer's format.")
 @click.argument("folder", type=FOLDER)
 @click.option("--to", required=True, type=click.Choice(TO), help="Whose format.")
-@click.option("--out", required=True, type=FOLDER, help="Folder to write; must be empty or new.")
+@click.option("--out", required=True, type=Output(), help="Folder to write; must be empty or new.")
 @workers_option
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def convert(folder, to, out, workers, quiet) -> None:
+@quiet
+@as_json
+def convert(folder, to, out, workers, quiet, as_json) -> None:
     """Write the packs of FOLDER (or of its train and eval) in the format of another trainer.
 
     \b
@@ -39,14 +42,20 @@ def convert(folder, to, out, workers, quiet) -> None:
     prep convert packed-seqid --to thd --out packed-thd
     """
     from formats.manifest import read_manifest
+    from prep.convert.run import check_place
     from prep.convert.run import convert as run
     from prep.inspect.facts import packed_folders
 
+    out, written = Path(out), {}
+    check_place(folder, out)
     parts = packed_folders(folder)
     for part in parts:
         read_manifest(part)  # before anything is written: all of them or none
     for part in parts:
         target = out if part == folder else out / part.name
-        packs = run(part, target, to, workers)
-        if not quiet:
+        written[str(target)] = {"packs": run(part, target, to, workers), "format": to}
+        if not quiet and not as_json:
+            packs = written[str(target)]["packs"]
             click.echo(f"{target}: {packs:,} packs; {HINTS[to].format(out=str(target))}")
+    if as_json:
+        echo_json(written)

@@ -20,13 +20,21 @@ FOREIGN: dict[str, Callable[[PackedDataset, Path], None]] = {
 }
 
 
+def check_place(folder: Path, out: Path) -> None:
+    """Refuse an `out` inside the folder that is converted, whose packs would be no longer all that it holds."""
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out {out} lies inside {folder}, which is converted; name a folder outside it")
+
+
 def convert(folder: Path, out: Path, to: str, workers: int = 1) -> int:
     """Write the packs of `folder` to `out` as one of `KINDS` or `FOREIGN`; returns the number of packs.
 
     The work is done in a folder beside `out`, which takes its name at the end: `out` is empty until it is whole.
-    `workers` share the shards of a native kind. Raises ValueError for a damaged folder, for an `out` that is not empty
-    or that another process writes, and for a conversion to the same kind of shards that are not compressed.
+    `workers` share the shards of a native kind. Raises ValueError for a damaged folder, for an `out` that is not empty,
+    that lies inside `folder` or that another process writes, and for a conversion to the same kind of shards that are
+    not compressed.
     """
+    check_place(folder, out)
     dataset = PackedDataset(folder)
     if to == dataset.manifest.kind and not is_compressed(dataset.manifest):
         raise ValueError(f"{folder} is {to} already; name another --to")

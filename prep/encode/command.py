@@ -8,7 +8,7 @@ from collections.abc import Callable
 import click
 
 from prep.encode.options import DEDUP, END_OF_TURN, ENGINES, ON_ERROR, TRAIN_ON, EncodeOptions, MaskPolicy
-from prep.options import Size, as_json, echo_json
+from prep.options import Output, Size, as_json, echo_json, quiet
 
 
 def resumable(command: Callable) -> Callable:
@@ -24,9 +24,14 @@ def resumable(command: Callable) -> Callable:
     return run
 
 
-@click.command()
+@click.command(short_help="Tokenize text and chats into a document store, with loss masks.")
 @click.argument("inputs", nargs=-1)
-@click.option("--out", required=True, help="Folder of the document store, or an address such as s3://bucket/store.")
+@click.option(
+    "--out",
+    required=True,
+    type=Output(address=True),
+    help="Folder of the document store, or an address such as s3://bucket/store.",
+)
 @click.option("--tokenizer", required=True, help="Folder or address with tokenizer.json and the chat template.")
 @click.option("--mix", type=click.Path(), help="YAML of sources: name, paths, format, template, columns, weight …")
 @click.option("--input-format", help="jsonl, json, parquet, arrow, csv, tsv, text; default: by the ending of the name.")
@@ -81,7 +86,7 @@ def resumable(command: Callable) -> Callable:
 )
 @click.option("--ray-address", help="Address of a Ray cluster; default: start one on this machine.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run with the same options stopped.")
-@click.option("--quiet", is_flag=True, help="No progress; errors only.")
+@quiet
 @as_json
 @resumable
 def encode(

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from formats.schema import METADATA_KEY
 from prep.encode import files
+from prep.encode.made import raw_files
 
 FORMATS = ("jsonl", "json", "parquet", "arrow", "csv", "tsv", "text", "hf")
 TEXT_BY = ("line", "paragraph", "document")
@@ -197,7 +198,7 @@ def without_tokenizer(specs: Sequence[SourceSpec]) -> ValueError:
     try:
         for path in (path.removeprefix("file://") for spec in specs for path in spec.paths):
             if not path.startswith("hf:") and _saved_dataset(path.rstrip("/")) is None:
-                files.expand(path)
+                raw_files(path)
     except ValueError as error:
         return error
     return ValueError("raw input needs --tokenizer: a folder with tokenizer.json and the chat template")
@@ -220,7 +221,7 @@ def _expand(path: str, spec: SourceSpec) -> tuple[list[_Entry], list[str]]:
 
         return [_Entry(path, os.path.basename(path.rstrip("/")), "hf", *describe(path))], []
     saved = _saved_dataset(path.rstrip("/"))
-    found = saved if saved is not None else files.expand(path)
+    found = saved if saved is not None else raw_files(path)
     entries, others = [], []
     for place, name in found.files:
         kind = spec.format or _format(place) or ("jsonl" if found.is_file else None)

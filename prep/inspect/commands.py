@@ -2,15 +2,15 @@
 
 import click
 
-from prep.options import FOLDER, as_json, echo_json
+from prep.options import FOLDER, Output, as_json, echo_json, quiet
 from prep.options import workers as workers_option
 
 
-@click.command()
+@click.command(short_help="Show how well packs are filled, and write their reports anew.")
 @click.argument("folder", type=FOLDER)
-@as_json
 @click.option("--no-page", is_flag=True, help="Write report.json only, no report.html.")
-@click.option("--quiet", is_flag=True, help="Print nothing, only write the files.")
+@quiet
+@as_json
 def report(folder, as_json, no_page, quiet) -> None:
     """Print the packing efficiency of FOLDER (or of its train and eval), and write report.json and report.html there.
 
@@ -28,13 +28,13 @@ def report(folder, as_json, no_page, quiet) -> None:
     show([str(f) for f in folders], read_reports(folders), as_json=as_json, quiet=quiet)
 
 
-@click.command()
+@click.command(short_help="Check that shards are what was written, and name any damage.")
 @click.argument("folder", type=FOLDER)
 @click.option("--deep", is_flag=True, help="Also look into every pack: invariants, hashes, index and ledger sums.")
 @click.option("--rebuild", is_flag=True, help="Write a lost packs.arrow or manifest.json anew from the shards.")
 @workers_option
+@quiet
 @as_json
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def verify(folder, deep, rebuild, workers, as_json, quiet) -> None:
     """Check that the shards in FOLDER (or in its train and eval) are what was written; exit 1 if anything is damaged.
 
@@ -64,12 +64,12 @@ def verify(folder, deep, rebuild, workers, as_json, quiet) -> None:
         raise SystemExit(1)
 
 
-@click.command()
+@click.command(short_help="Look for what makes training wrong, in raw files or in packs.")
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--tokenizer", help="Needed for raw input; for stores and shards it adds template checks.")
 @workers_option
+@quiet
 @as_json
-@click.option("--quiet", is_flag=True, help="Print errors only.")
 def lint(inputs, tokenizer, workers, as_json, quiet) -> None:
     """Look for what makes training wrong in INPUTS: raw files, one document store, or one packed folder.
 
@@ -95,7 +95,7 @@ def lint(inputs, tokenizer, workers, as_json, quiet) -> None:
         raise SystemExit(1)
 
 
-@click.command()
+@click.command(short_help="Show packs: documents in colours, targets bold, padding dim.")
 @click.argument("folder", type=FOLDER)
 @click.option("--pack", "number", type=int, help="Show this pack (default: the first).")
 @click.option("--doc", type=int, help="Show the pack or packs that hold this document (row of the store).")
@@ -103,23 +103,28 @@ def lint(inputs, tokenizer, workers, as_json, quiet) -> None:
 @click.option("--seed", default=0, show_default=True, help="Which packs --random draws.")
 @click.option("--tokenizer", type=FOLDER, help="Folder with tokenizer.json, to show text; without it ids are shown.")
 @click.option("--ids", "show_ids", is_flag=True, help="Show ids even with a tokenizer.")
-@click.option("--html", "page", type=click.Path(dir_okay=False), help="Write a page instead.")
-def view(folder, number, doc, count, seed, tokenizer, show_ids, page) -> None:
+@click.option("--html", "page", type=Output(file=True), help="Write a page instead.")
+@quiet
+@as_json
+def view(folder, number, doc, count, seed, tokenizer, show_ids, page, quiet, as_json) -> None:
     """Show packs of FOLDER: each document in a colour, targets bold, padding dim, special tokens visible.
 
     \b
     prep view packed/train --random 3 --tokenizer model/
     prep view packed/train --doc 1234 --html doc.html --tokenizer model/
     """
-    from prep.inspect.view import choose_packs, open_view, print_pack, write_page
+    from prep.inspect.view import choose_packs, describe, open_view, print_pack, write_page
 
     opened = open_view(folder, tokenizer)
     packs = choose_packs(opened.dataset, number, doc, count, seed)
     if page:
-        write_page(page, opened, packs)
+        write_page(page, opened, packs, show_ids=show_ids)
+    if as_json:
+        echo_json([describe(opened, pack, show_ids=show_ids) for pack in packs])
+    elif page and not quiet:
         click.echo(page)
-        return
-    from rich.console import Console
+    elif not page and not quiet:
+        from rich.console import Console
 
-    for pack in packs:
-        print_pack(Console(highlight=False), opened, pack, show_ids=show_ids)
+        for pack in packs:
+            print_pack(Console(highlight=False), opened, pack, show_ids=show_ids)

@@ -2,16 +2,18 @@
 
 import click
 
-from prep.options import FOLDER, Listed, as_json, echo_json
+from prep.options import FOLDER, Listed, as_json, echo_json, quiet
 
 _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 _SHARE = click.FloatRange(min=0, max=1, min_open=True)
 
 
-@click.command()
+@click.command(short_help="Forecast what packing and training would take; write nothing.")
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--seq-len", "seq_lens", type=Listed(int), required=True, help="Capacities, e.g. 2048,4096,8192.")
-@click.option("--algo", "algos", type=Listed(str), default="greedy,ffd,bfd,best", show_default=True)
+@click.option(
+    "--algo", "algos", type=Listed(str), default="greedy,ffd,bfd,best", show_default=True, help="As in prep pack."
+)
 @click.option("--cp", "cps", type=Listed(int), default="1,2,4,8", show_default=True, help="Context-parallel sizes.")
 @click.option("--tokenizer", help="Folder with tokenizer.json and the chat template; for raw input.")
 @click.option(
@@ -41,7 +43,13 @@ _SHARE = click.FloatRange(min=0, max=1, min_open=True)
     type=click.Choice(["none", "selective", "full"]),
     help="As in train.",
 )
-@click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["float32", "bfloat16"]))
+@click.option(
+    "--dtype",
+    default="bfloat16",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of forward and backward.",
+)
 @click.option(
     "--batch-tokens",
     default=1 << 20,
@@ -51,8 +59,9 @@ _SHARE = click.FloatRange(min=0, max=1, min_open=True)
 )
 @click.option("--peak-tflops", default=989.0, show_default=True, type=_ABOVE_0, help="Of one GPU, in bf16 (H100).")
 @click.option("--mfu", default=0.4, show_default=True, type=_SHARE, help="Share of the peak that is reached.")
+@quiet
 @as_json
-def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, as_json, **setup) -> None:
+def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, quiet, as_json, **setup) -> None:
     """What packing INPUTS (raw files, a document store or packed shards) would give, without writing anything.
 
     Raw input is sampled, and the error of the sample stated. Documents over the capacity are cut. The last table is the
@@ -81,7 +90,7 @@ def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, as_json, **s
     value = make_report(inputs, tokenizer, sample_mb << 20, algos, seq_lens, cps, Setup(config=config, **setup))
     if as_json:
         echo_json(value)
-    else:
+    elif not quiet:
         from rich.console import Console
 
         print_report(Console(), value)

@@ -131,6 +131,21 @@ def heading(view: View, number: int) -> str:
     )
 
 
+def describe(view: View, number: int, *, show_ids: bool = False) -> dict:
+    """A pack, JSON-compatible: {"pack", "capacity", "documents": [{"doc", "offset", "source", "tokens", "targets",
+    "padding", "runs": [{"text", "target", "special"}]}]}; the runs of a document without its padding."""
+    documents = [
+        {
+            **{name: getattr(slot, name) for name in ("doc", "offset", "source", "tokens", "targets", "padding")},
+            "runs": [
+                {"text": run.text, "target": run.target, "special": run.special} for run in slot.runs if not run.padding
+            ],
+        }
+        for slot in slots(view, number, show_ids=show_ids)
+    ]
+    return {"pack": number, "capacity": view.dataset.manifest.capacity, "documents": documents}
+
+
 def print_pack(console: Console, view: View, number: int, *, show_ids: bool = False) -> None:
     """Print a pack: each document in a colour, targets bold, special tokens reversed, padding dim."""
     console.rule(heading(view, number))
@@ -166,7 +181,7 @@ h2 { font-size: 1.05rem; } h3 { font-size: .8rem; font-weight: 500; opacity: .7;
 """
 
 
-def write_page(path: str, view: View, packs: list[int]) -> None:
+def write_page(path: str, view: View, packs: list[int], *, show_ids: bool = False) -> None:
     """Write the packs as one self-contained page; everything from the data is escaped."""
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
@@ -175,7 +190,7 @@ def write_page(path: str, view: View, packs: list[int]) -> None:
     ]
     for number in packs:
         parts.append(f"<h2>{html.escape(heading(view, number))}</h2>")
-        for i, slot in enumerate(slots(view, number)):
+        for i, slot in enumerate(slots(view, number, show_ids=show_ids)):
             body = "".join(_marked(run) for run in slot.runs)
             parts.append(f'<h3>{html.escape(_title(slot))}</h3><pre style="--n:{i}">{body}</pre>')
     with atomic_write(Path(path)) as file:

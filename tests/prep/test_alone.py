@@ -117,3 +117,10 @@ def test_a_folder_that_is_taken_away_between_its_opening_and_its_lock_is_made_ag
         assert done
         with pytest.raises(ValueError, match="another prep"), alone(tmp_path / "out"):
             pass
+
+
+def test_a_folder_that_no_file_system_makes_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for out, why in ((Path("/proc/none/x"), "cannot be made"), (tmp_path / "file" / "x", "made: Not a directory")):
+        with pytest.raises(ValueError, match=f"--out {out} .*{why}; name another folder"), alone(out):
+            pass

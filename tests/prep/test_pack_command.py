@@ -120,7 +120,12 @@ def test_a_full_disk_is_named_with_what_to_do(source, tokenizer, tmp_path, worke
 
 
 def test_report_of_what_is_no_packed_folder(tmp_path):
-    for folder, message in ((tmp_path, "unfinished"), (tmp_path / "none", "no such folder")):
+    (tmp_path / "file").touch()
+    for folder, message in (
+        (tmp_path, "holds no packed shards"),
+        (tmp_path / "none", "no such folder of packed shards"),
+        (tmp_path / "file", "is a file and no folder of packed shards"),
+    ):
         result = run("report", folder)
         assert result.exit_code == 1
         assert message in result.output

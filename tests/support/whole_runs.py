@@ -108,6 +108,10 @@ def spoil(case, folder, flags):
         return flags(shards=make_shards(shards, rows, capacity=160, align=4, kind="seqid"))
     if case == "vocabulary":
         return flags(shards=make_shards(shards, rows, capacity=160, align=4, vocab_size=321))
+    if case == "train and eval":
+        for part in ("train", "eval"):
+            make_shards(shards / part, rows, capacity=160, align=4)
+        return flags(shards=shards)
     make_shards(shards, rows, capacity=160, align=4)
     if case == "unfinished":
         (shards / "manifest.json").unlink()

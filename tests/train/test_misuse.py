@@ -17,6 +17,7 @@ from train.flags import parse
     ("case", "says"),
     [
         ("missing", "no such folder of packed shards"),
+        ("train and eval", "shards: holds the packed folders train and eval; name one, e.g. "),
         ("init", "--init begins with random weights, but"),
         ("kernel", "Attention backend 'te' is refused: it runs on cuda, not on cpu"),
         ("no weights", "convert its weights to safetensors first, or train from scratch with --init"),
