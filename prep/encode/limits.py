@@ -4,12 +4,12 @@ Jinja's sandbox keeps a template from reaching out, not from running away: a loo
 sixty times, would take the machine with it. All limits hold for the rendering alone and cost some microseconds.
 """
 
+import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 SECONDS = 20.0
 """CPU time of one rendering; the longest real chats take some tenths of a second."""
@@ -26,8 +26,6 @@ FACTOR = 16
 _VALUE = 16  # characters that a value counts for besides its own: a template frames each
 
 _PAGE = resource.getpagesize()
-_REFRESH = 1000  # renderings between two looks at the memory in use
-_state = {"count": 0, "limit": 0}
 
 
 class TemplateLimitError(RuntimeError):
@@ -90,11 +88,14 @@ def _inner(level: list) -> Iterator[object]:
 
 
 def _data_limit(hard: int) -> int:
-    if _state["count"] % _REFRESH == 0:
-        try:
-            pages = int(Path("/proc/self/statm").read_text().split()[5])
-        except OSError:  # no Linux: the limit of time has to do
-            return hard
-        _state["limit"] = pages * _PAGE + BYTES
-    _state["count"] += 1
-    return _state["limit"] if hard == resource.RLIM_INFINITY else min(_state["limit"], hard)
+    # A limit from an earlier look would stop a process that has grown meanwhile, and not every library survives that.
+    try:
+        file = os.open("/proc/self/statm", os.O_RDONLY)  # `open` would take as long as all the rest
+    except OSError:  # no Linux: the limit of time has to do
+        return hard
+    try:
+        pages = int(os.read(file, 256).split()[5])
+    finally:
+        os.close(file)
+    limit = pages * _PAGE + BYTES
+    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)

@@ -1,6 +1,7 @@
 """Every kind of record: what becomes text, what is trained, what is refused."""
 
 import json
+import mmap
 
 import pytest
 from rendering import END, FOUR, GENERATION, chat, reader, trained
@@ -156,6 +157,13 @@ def test_templates_cannot_reach_out_or_run_away(monkeypatch, source):
     monkeypatch.setattr(limits, "SECONDS", 0.3)
     with pytest.raises(ValueError, match="chat template"):
         ChatTemplate(source, {}).render(FOUR["messages"])
+
+
+def test_the_memory_of_a_rendering_counts_from_what_the_process_has_at_its_begin():
+    template = ChatTemplate("{{ ('x' * count) | length }}", {})
+    assert template.render([], count=10**8) == "100000000"
+    with mmap.mmap(-1, limits.BYTES + (64 << 20), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):  # untouched, so free
+        assert template.render([], count=10**8) == "100000000"
 
 
 FRAME = (
