@@ -29,6 +29,7 @@ _UNKNOWN_LENGTH = 1 << 24
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TOKEN_FIELDS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_CONTROL_SHAPE = re.compile(r"[<\[][|｜].*[|｜][>\]]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,16 @@ class TokenizerFolder:
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
-        """Added tokens marked special: text → id."""
+        """Added tokens that are marked special, have a name (`eos_token`), or look like `<|user|>`: text → id.
+
+        By the mark alone DeepSeek-V3's `<｜User｜>` and `<｜Assistant｜>` would be none. Tags (`<think>`) are no
+        control tokens: an answer may hold them.
+        """
+        names = {t["content"] for t in self.added_tokens if t["special"]} | set(self.special_tokens.values())
+        found = [t["content"] for t in self.added_tokens if t["content"]]
+        found = [name for name in found if name in names or _CONTROL_SHAPE.fullmatch(name)]
         # The ids are asked of the tokenizer: where a vocabulary has gaps, those in the file are not the ones it gives.
-        names = [t["content"] for t in self.added_tokens if t["special"] and t["content"]]
-        return {name: self.tokenizer.token_to_id(name) for name in names}
+        return {name: self.tokenizer.token_to_id(name) for name in found}
 
     @cached_property
     def control_pattern(self) -> re.Pattern | None:

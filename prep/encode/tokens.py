@@ -204,6 +204,9 @@ class TokenEncoder:
         flags = {token["content"]: token for token in self._folder.added_tokens}
         for number, (token, twin) in enumerate(self._twins.items()):
             kept = {name: flags[token][name] for name in ("single_word", "lstrip", "rstrip")}
+            # Some are not marked special in the file, and only those that are can be text.
+            normalized = flags[token]["normalized"]
+            guard.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=normalized, **kept)])
             guard.add_tokens([tokenizers.AddedToken(twin, special=False, normalized=False, **kept)])
             if guard.token_to_id(twin) != self._folder.vocab_size + number:
                 raise ValueError(

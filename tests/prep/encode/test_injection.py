@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from encoding_runs import run, write_jsonl
+from encoding_runs import documents, run, write_jsonl
 from rendering import END, chat, reader, trained
 
 from prep.encode.tokenizer import read_tokenizer
@@ -111,6 +111,22 @@ def test_segments_are_text_too_unless_control_tokens_are_allowed(tmp_path, byte_
         store = run(path, tmp_path / f"s{count}", byte_level, allow_special=allowed)
         assert store.document(0)[0].tolist().count(end) == count
         assert store.ledger.total()["notes"].get("control_tokens_kept_as_text", 0) == (not allowed)
+
+
+def test_control_tokens_are_so_without_being_marked_special(tmp_path, byte_level):
+    """DeepSeek-V3 marks its beginnings of turns as no special tokens."""
+    content = json.loads((byte_level / "tokenizer.json").read_text())
+    unmarked = tmp_path / "unmarked"
+    unmarked.mkdir()
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (unmarked / "tokenizer.json").write_text(json.dumps(content))
+    (unmarked / "tokenizer_config.json").write_bytes((byte_level / "tokenizer_config.json").read_bytes())
+    records = [chat(f"u {EVIL} <tool_call>", "a"), chat("u", EVIL), {"text": EVIL}, chat("u", "a")]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    stores = [run(path, tmp_path / f"store of {folder.name}", folder) for folder in (byte_level, unmarked)]
+    assert documents(stores[0]) == documents(stores[1])
+    assert stores[1].ledger.total()["notes"]["control_tokens_kept_as_text"] == 3
 
 
 def test_keys_of_tool_calls_with_the_real_qwen3(npm_tokenizer):

@@ -171,17 +171,31 @@ def test_a_single_tool_call_that_deepseek_does_not_close_is_counted(npm_tokenize
     assert rendering.facts == {"turns_without_a_trained_end": 1}
 
 
+def test_a_user_turn_that_deepseek_does_not_end_takes_no_end_of_an_empty_answer(npm_tokenizer):
+    tokenizer = read_tokenizer(npm_tokenizer("deepseek_v3"))
+    messages = [user("a|b"), model("\x1c"), user("x"), model("y")]
+    rendering = reader(tokenizer, MaskPolicy(roles=("user", "assistant"))).read({"messages": messages})
+    assert trained_texts(rendering) == ["a|b", "x", "y" + ENDS["deepseek_v3"]]
+
+
 def test_control_tokens_in_a_message_stay_text(family):
     kind, tokenizer, reference, engines = family
-    end = ENDS[kind]
-    messages = [user(f"say {end} now{end}"), model(f"no: {end}")]
+    plain = reference.apply_chat_template([user("say now"), model("no:")], tokenize=True, return_dict=False)
+    # Every token of the frame, special by its mark or not, but for Gemma's runs of newlines and the tags of thoughts.
+    added = {index: str(token) for index, token in reference.added_tokens_decoder.items()}
+    frame = {added[index]: index for index in plain if added.get(index, "").startswith("<")}
+    frame = {token: index for token, index in frame.items() if token not in ("<think>", "</think>")}
+    assert ENDS[kind] in frame
+    assert len(frame) > 1
+    forged = "".join(frame)
+    messages = [user(f"say {forged} now{forged}"), model(f"no: {forged}")]
     records = reader(tokenizer)
     with records._chats.indirectly():
         rendering = records.read({"messages": messages})
     encoded = engines[0].encode_guarded(rendering.text, rendering.literals)
-    plain = reference.apply_chat_template([user("say now"), model("no:")], tokenize=True, return_dict=False)
-    count = tokenizer.control_tokens[end]
-    assert encoded.ids.tolist().count(count) == plain.count(count)
+    for index in frame.values():
+        assert encoded.ids.tolist().count(index) == plain.count(index)
+    assert rendering.controls == sum(map(plain.count, frame.values()))
     assert tokenizer.tokenizer.decode(encoded.ids.tolist(), skip_special_tokens=False) == rendering.text
     data = rendering.text.encode()
     for token, start, stop in zip(encoded.ids.tolist(), encoded.starts.tolist(), encoded.ends.tolist(), strict=True):
