@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from train.hf import INDEX, WEIGHTS, is_stacked, open_files, read_json
 from train.model.config import ModelConfig
@@ -180,7 +180,7 @@ def _gather(own: Tensor | None, described: Tensor, holder: int) -> Tensor | None
         mesh_device = own.device_mesh.device_type
         if own.device.type != mesh_device:  # CPU offload: the collective needs the mesh's device
             own = own.to(mesh_device)
-        own = own.full_tensor()
+        own = _whole(own)
     rank = dist.get_rank() if dist.is_initialized() else 0
     if holder != 0 and rank == holder:
         # By way of the CPU, where every process group can talk.
@@ -189,6 +189,14 @@ def _gather(own: Tensor | None, described: Tensor, holder: int) -> Tensor | None
         own = torch.empty(described.shape, dtype=described.dtype)
         dist.recv(own, src=holder)
     return own.detach().cpu() if rank == 0 else None
+
+
+def _whole(own: DTensor) -> Tensor:
+    """`full_tensor`, one axis of the mesh after the other: what torch makes of several at once is the same, but it
+    warns of each."""
+    for axis in range(own.device_mesh.ndim):
+        own = own.redistribute(placements=[Replicate()] * (axis + 1) + list(own.placements[axis + 1 :]))
+    return own.to_local()
 
 
 def _write_companions(

@@ -55,12 +55,11 @@ def train(config: Config) -> None:
     """Run the training that `config` describes on this rank, from an open process group to the exported model."""
     device = pick_device(config.layout.device)
     set_threads(config.layout.threads)
-    mesh = build_mesh(config.layout, device)
-    out = Path(config.run.out)
+    model_folder, out = Path(config.model.model), Path(config.run.out)
+    model_config = hf.read_config(model_folder)
+    mesh = build_mesh(config.layout, device, experts=model_config.moe is not None)
 
     # Data first: what is wrong with it shows before a weight is read.
-    model_folder = Path(config.model.model)
-    model_config = hf.read_config(model_folder)
     hf.check_weights(model_folder, from_scratch=config.model.init)
     training = open_training(
         config.data.shards,

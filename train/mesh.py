@@ -50,8 +50,9 @@ class Mesh:
     `dp` (dp_replicate × dp_shard) are the ranks that train different packs; cp and tp ranks share theirs. `dp_cp`
     (dp_replicate × dp_shard × cp) are those that hold different tokens, over which the loss is summed.
     `fsdp` is what `fully_shard` takes: `dp_shard_cp` (dp_shard × cp), or 2-D (dp_replicate, dp_shard_cp) for HSDP.
-    `experts` is the sibling mesh (pp, dp_replicate, ep_shard, ep) over the same ranks, where --ep or --tp asks for it:
-    an expert's data ranks are those of dp_shard × cp × tp, in ep_shard groups of ep neighbours.
+    `experts` is the sibling mesh (pp, dp_replicate, ep_shard, ep) over the same ranks, where the model has experts and
+    --ep or --tp asks for it: an expert's data ranks are those of dp_shard × cp × tp, in ep_shard groups of ep
+    neighbours.
     """
 
     root: DeviceMesh
@@ -96,8 +97,8 @@ class Mesh:
         return " × ".join(f"{axis} {size}" for axis, size in zip(AXES, self.root.shape, strict=True))
 
 
-def build_mesh(layout: Layout, device: torch.device) -> Mesh:
-    """The mesh over all ranks of the default process group.
+def build_mesh(layout: Layout, device: torch.device, *, experts: bool = True) -> Mesh:
+    """The mesh over all ranks of the default process group; `experts`: whether the model has any.
 
     Raises: ValueError when the sizes do not make the world size, or `ep` does not divide its ranks.
     """
@@ -106,13 +107,14 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
     dp = _as_one(root, "dp", ("dp_replicate", "dp_shard"))
     dp_cp = _as_one(root, "dp_cp", ("dp_replicate", "dp_shard", "cp"))
     dp_shard_cp = _as_one(root, "dp_shard_cp", ("dp_shard", "cp"))
+    sibling = _expert_mesh(root, layout.ep) if experts else None
     if layout.dp_replicate == 1:
-        return Mesh(root, dp, dp_cp, dp_shard_cp, _expert_mesh(root, layout.ep))
+        return Mesh(root, dp, dp_cp, dp_shard_cp, sibling)
     with warnings.catch_warnings():
         # torch announces that flattened axes will not always be sliced from the root; 2.11 to 2.13 know no other way.
         warnings.filterwarnings("ignore", message="Slicing a flattened dim")
         fsdp = root["dp_replicate", dp_shard_cp.mesh_dim_names[0]]
-    return Mesh(root, dp, dp_cp, fsdp, _expert_mesh(root, layout.ep))
+    return Mesh(root, dp, dp_cp, fsdp, sibling)
 
 
 def _as_one(root: DeviceMesh, name: str, axes: tuple[str, ...]) -> DeviceMesh:

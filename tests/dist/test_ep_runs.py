@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -87,3 +88,32 @@ def test_the_exported_folder_is_what_was_read(arguments, tmp_path):
         weights = load_file(tmp_path / out / "hf" / "model.safetensors")
         assert weights.keys() == original.keys()
         assert all(torch.equal(weights[name], original[name]) for name in original)
+
+
+def watched(argv):
+    """(whether the run made a mesh of experts, what torch warned of)."""
+    meshes, said, parallelize = [], [], train.main.parallelize
+
+    class Note(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    def noted(model, mesh, config):
+        meshes.append(mesh)
+        return parallelize(model, mesh, config)
+
+    logging.getLogger("torch").addHandler(Note(logging.WARNING))
+    train.main.parallelize = noted
+    run(argv)
+    return meshes[0].experts is not None, said
+
+
+@pytest.mark.parametrize(("family", "layout"), [("llama", {"tp": 2}), ("deepseek_v3", {"tp": 2, "ep": 2})])
+def test_a_run_makes_no_mesh_that_it_does_not_need_and_exports_without_warnings(family, layout, arguments, tmp_path):
+    model = write_tiny_model(tmp_path / family, family, vocab_size=320)
+    given = {"model": model, "steps": 1, "lr": 1e-30, "weight_decay": 0, **layout}
+    unbalanced = {f"router-{name}": 0 for name in ("aux-loss", "z-loss", "bias-rate")}
+    assert run_ranks(watched, 4, arguments("out", **given, **unbalanced)) == 4 * [(family != "llama", [])]
+    written, original = (load_file(f / "model.safetensors") for f in (tmp_path / "out" / "hf", model))
+    assert written.keys() - original.keys() <= {"lm_head.weight"}
+    assert all(torch.equal(written[name], original[name]) for name in original)

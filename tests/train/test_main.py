@@ -9,10 +9,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tiny_models import write_tiny_model
 from torch.distributed.tensor import DTensor
 from whole_runs import FIELDS, cli, read_metrics, run, steps_of
 
 import train.main
+import train.model.experts
+import train.model.probe
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
 from train.checkpoint import step_folder, whole_checkpoints
@@ -192,3 +195,21 @@ def test_a_run_is_traced_logged_and_measured_against_the_peak(flags, tmp_path):
         steps = [event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")]
         assert steps == ["ProfilerStep#2"], "the third step, and no other"
     assert list((out / "tensorboard").iterdir())
+
+
+def with_a_wrong_kernel(argv):
+    """The error of a run whose grouped products are a little too large; None if it trains with them."""
+    right = torch.nn.functional.grouped_mm
+    train.model.probe.has_kernel = train.model.experts.has_kernel = lambda x, weight: True
+    torch.nn.functional.grouped_mm = lambda x, weight, *, offs: 1.2 * right(x, weight, offs=offs)
+    try:
+        train.main.train(parse(argv))
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_run_looks_at_the_kernel_of_its_experts_before_it_writes_anything(flags, tmp_path):
+    model = write_tiny_model(tmp_path / "mixtral", "mixtral", vocab_size=320)
+    (error,) = run_ranks(with_a_wrong_kernel, 1, flags(model=model, steps=1))
+    assert "computes experts in float32 on cpu (no GPU) wrongly" in str(error)
+    assert not (tmp_path / "out").exists()
