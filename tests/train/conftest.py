@@ -5,6 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+from plain_mixtures import SIZES
+from tiny_models import write_tiny_model
 from whole_runs import arguments, run
 
 from make_shards import make_shards, random_packs
@@ -39,3 +41,13 @@ def straight(data, tiny_llama_dir, tmp_path_factory):
 def finished(straight, tmp_path):
     """A copy of that run, as tmp_path/out."""
     return shutil.copytree(straight, tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def mixtral_dir(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("moe") / "mixtral", "mixtral", **SIZES)
+
+
+@pytest.fixture(scope="session")
+def deepseek_dir(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("moe") / "deepseek_v3", "deepseek_v3", **SIZES)

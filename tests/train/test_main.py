@@ -209,7 +209,7 @@ def with_a_wrong_kernel(argv):
 
 
 def test_a_run_looks_at_the_kernel_of_its_experts_before_it_writes_anything(flags, tmp_path):
-    model = write_tiny_model(tmp_path / "mixtral", "mixtral", vocab_size=320)
+    model = write_tiny_model(tmp_path / "mixtral", "mixtral", vocab_size=320, intermediate_size=80)
     (error,) = run_ranks(with_a_wrong_kernel, 1, flags(model=model, steps=1))
     assert "computes experts in float32 on cpu (no GPU) wrongly" in str(error)
     assert not (tmp_path / "out").exists()
