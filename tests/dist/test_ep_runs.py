@@ -102,7 +102,7 @@ def watched(argv):
         meshes.append(mesh)
         return parallelize(model, mesh, config)
 
-    logging.getLogger("torch").addHandler(Note(logging.WARNING))
+    logging.getLogger("torch.distributed.tensor").addHandler(Note(logging.WARNING))  # torch cuts off those above
     train.main.parallelize = noted
     run(argv)
     return meshes[0].experts is not None, said
