@@ -126,6 +126,11 @@ COMBINATIONS = (
         "expert and tensor parallelism, whole sequences", {"ep": 2, "tp": 2, "sp": False}, "tests/dist/test_ep.py"
     ),
     Combination("pipeline × expert parallelism", {"ep": 2, "pp": 2}, "tests/dist/test_ep.py"),
+    Combination(
+        "pipeline × expert parallelism, any schedule",
+        {"ep": 2, "pp": 2, "pp_schedule": "zbv"},
+        "tests/dist/test_pp_experts.py",
+    ),
 )
 """THE table: `refuse` takes its error from it, a test walks it, `matrix` prints it for the README."""
 
