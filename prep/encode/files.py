@@ -1,21 +1,20 @@
 """Files to read, on this machine or behind any address that fsspec opens (`s3://`, `gs://`, `https://` …)."""
 
-import glob
 import gzip
 import io
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import xxhash
 
+from prep.encode.walk import GLOB, walk
+
 _BLOCK = 1 << 20
 _BUFFER = 1 << 16  # a file of this machine: lines reach over the edge of Python's 8 KiB too often
-GLOB = frozenset("*?[")
 COMPRESSIONS = (".gz", ".zst")
 
 
@@ -79,28 +78,26 @@ class Found(NamedTuple):
 
 def expand(path: str) -> Found:
     """A file, a glob, or a folder (all files below it) → files. What is hidden (. or _ before the name of the file or
-    of a folder above it) is left out, unless the glob itself says so.
+    of a folder above it) is left out, unless the glob itself says so. Links are followed, see `walk`.
 
     Raises:
-        ValueError: nothing is there.
-        OSError: the address does not answer.
+        ValueError: nothing is there, or a link leads nowhere.
+        OSError: the address does not answer, or a folder cannot be read.
     """
     is_glob = bool(GLOB & set(path))
     kind, reason = _kind(path)
     if kind == "file":
         return Found([(path, os.path.basename(bare(path)))], True)
     root, pattern = _split_glob(path) if is_glob and kind is None else (path.rstrip("/"), "")
+    marks = tuple({part[:1] for part in pattern.split("/")} & set("._"))
     if is_remote(path):
         fs, inner = filesystem(path)
         with _answering(path):
             listed = fs.find(inner) if kind else fs.glob(inner) if is_glob else []
             # An empty object of the name of a folder is how some tools make one.
             names = [fs.unstrip_protocol(name) for name in listed if not name.endswith("/")]
-    elif kind:
-        names = [str(p) for p in Path(path).rglob("*") if p.is_file()]
     else:
-        names = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)] if is_glob else []
-    marks = tuple({part[:1] for part in pattern.split("/")} & set("._"))
+        names = walk("" if root == "." else root, pattern or "**", marks) if kind or is_glob else []
     relative = [(name, os.path.relpath(name, root)) for name in names]
     relative = [(name, shown) for name, shown in relative if not _is_hidden(shown, marks)]
     if not relative:

@@ -1,6 +1,8 @@
 """From what the command line names to work units: folders, globs, cuts, refusals."""
 
+import errno
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.feather
@@ -41,6 +43,62 @@ def test_globs_leave_hidden_files_as_folders_do(tmp_path, byte_level):
         else:
             with pytest.raises(ValueError, match="no file matches"):
                 run(f"{tmp_path}/{pattern}", tmp_path / f"s{k}", byte_level)
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """Two files, one of them behind links to its folder, and two links that lead back up."""
+    for name in ("in/a.jsonl", "real/b.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        write_jsonl(tmp_path / name, [{"text": name}])
+    (tmp_path / "in" / "linked").symlink_to("../real")
+    (tmp_path / "in" / "again").symlink_to("../real")
+    (tmp_path / "in" / "one.jsonl").symlink_to("../real/b.jsonl")
+    for name in ("up", "up2"):
+        (tmp_path / "in" / name).symlink_to(".")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("named", "names"),
+    [
+        ("in", ["a.jsonl", "one.jsonl"]),
+        ("in/**/*.jsonl", ["a.jsonl", "one.jsonl"]),
+        ("in/**", ["a.jsonl", "one.jsonl"]),
+        ("**/a*.jsonl", ["in/a.jsonl"]),
+        ("*/up/up/**/a.jsonl", ["in/up/up/a.jsonl"]),
+        ("in/*/b.jsonl", ["again/b.jsonl"]),
+        ("in/link*/../real/*", ["real/b.jsonl"]),
+        ("in/*.jsonl", ["a.jsonl", "one.jsonl"]),
+    ],
+)
+def test_links_are_followed_and_each_file_is_read_once(linked, byte_level, monkeypatch, named, names):
+    monkeypatch.chdir(linked)
+    store = run(named, linked.parent / f"{linked.name} store", byte_level)
+    assert [entry["name"] for entry in store.info.inputs] == names
+    assert len(store) == len(names)
+
+
+def test_nothing_below_a_folder_is_left_out_silently(linked, byte_level, monkeypatch):
+    (linked / "in" / "broken.jsonl").symlink_to("nowhere")
+    for named in ("in", "in/*", "in/**/a.jsonl", "in/b*"):
+        with pytest.raises(ValueError, match=r"in/broken\.jsonl: a link that leads nowhere .*; mend it or remove it"):
+            run(linked / named, linked / "s", byte_level)
+    assert len(run(linked / "in/[ao]*.jsonl", linked / "s", byte_level)) == 2
+    scan = os.scandir
+
+    def closed(folder):
+        if os.path.basename(folder) in ("linked", "_hidden"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scan(folder)
+
+    (linked / "in" / "broken.jsonl").unlink()
+    (linked / "in" / "again").unlink()
+    (linked / "in" / "_hidden").mkdir()
+    monkeypatch.setattr(os, "scandir", closed)
+    for named in ("in", "in/**/*.jsonl", "in/*/*.jsonl"):
+        with pytest.raises(OSError, match=r"Permission denied: .*in/linked"):
+            run(linked / named, linked / "t", byte_level)
 
 
 def test_files_of_unknown_format_are_counted_and_named(tmp_path, byte_level):
