@@ -100,6 +100,8 @@ def write_store(
     units = cut_units(files, sources, options.unit_bytes)
     count = min(workers, len(units)) if runner == "local" else 1
     with Workers(count, functools.partial(_tokenizer_facts, options, tuple(sources)), _early(options)) as pool:
+        for file in files:
+            _ = file.xxh3_128  # reads it, while the tokenizer is loaded
         plan = _plan(pool.setup_result(), sources, files, options)
         if (finished := storage.read_json(STORE_NAME)) is not None:
             _refuse_difference(storage.name, check_version(storage.name, finished), plan)

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,7 +85,22 @@ class InputFile:
     source: int
     format: str
     bytes: int
-    xxh3_128: str
+    known_hash: str | None
+    """Where the size could not be had without reading it all; else that waits until the hash is asked for."""
+
+    @cached_property
+    def xxh3_128(self) -> str:
+        """xxh3-128 of its bytes, in hex.
+
+        Raises:
+            ValueError: it has not the size any more that it was found with.
+        """
+        if self.known_hash is not None:
+            return self.known_hash
+        size, digest = files.file_facts(self.path)
+        if size != self.bytes:
+            raise ValueError(f"{self.path}: changed while it was read; encode again when nobody writes to it")
+        return digest
 
     def to_json(self) -> dict:
         """Without the path: the same content somewhere else is the same input."""
@@ -171,8 +187,8 @@ def _reaches(pattern: Sequence[str], place: Sequence[str]) -> bool:
 
 
 def find_inputs(specs: Sequence[SourceSpec]) -> tuple[list[InputFile], dict[str, list[str]]]:
-    """The files of all sources, in order, each with its size and hash; and the names of files that folders and globs
-    hold beside them, of no known format: {source: names}.
+    """The files of all sources, in order, each with its size; and the names of files that folders and globs hold beside
+    them, of no known format: {source: names}.
 
     Raises:
         ValueError: a name that leads nowhere, or a file of unknown format; the message names it.
@@ -210,7 +226,7 @@ class _Entry:
     name: str
     format: str
     bytes: int
-    hash: str
+    hash: str | None
 
 
 def _expand(path: str, spec: SourceSpec) -> tuple[list[_Entry], list[str]]:
@@ -228,7 +244,7 @@ def _expand(path: str, spec: SourceSpec) -> tuple[list[_Entry], list[str]]:
         if kind is None:
             others.append(name)
             continue
-        size, digest = files.file_facts(place)
+        size, digest = files.file_facts(place) if files.is_remote(place) else (files.file_size(place), None)
         if kind == "json":
             kind = "json" if size and _is_array(place) else "jsonl"
         entries.append(_Entry(place, name, kind, size, digest))
