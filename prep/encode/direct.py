@@ -155,15 +155,16 @@ class DirectRenderer:
     def _bare(self, messages: Sequence[dict], contents: Sequence) -> list[str] | None:
         """The contents without white space at their edges; None unless all are plain."""
         try:
-            joined = "\0".join(contents)
+            bare = list(map(str.strip, contents))
         except TypeError:  # one is no text
             return None
         # Each message has a role and a content, and nothing else.
-        if sum(map(len, messages)) != 2 * len(contents):
+        if not all(bare) or sum(map(len, messages)) != 2 * len(contents):
             return None
-        bare = list(map(str.strip, contents))
         seen = self._inspection
-        if not all(bare) or not seen.equal.isdisjoint(contents) or any(text in joined for text in seen.inside):
+        if seen.equal and not seen.equal.isdisjoint(contents):
+            return None
+        if seen.inside and any(map("\0".join(contents).__contains__, seen.inside)):
             return None
         return bare
 

@@ -20,6 +20,7 @@ from prep.encode.sources import SourceSpec, Unit
 _BLOCK = 1 << 20
 _ROWS = 256  # rows of a columnar batch that are Python objects at a time
 _BOM = codecs.BOM_UTF8
+_LINE_ENDS = b"\r\n"
 _MAX_RECORD = 1 << 30
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's "Encapsulated message format": continuation, length 0
 _BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
@@ -68,7 +69,7 @@ def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
         number = 0
         with files.open_decompressed(unit.path) as file:
             while line := file.readline():
-                yield number, _clean(line, number == 0)
+                yield number, line.rstrip(_LINE_ENDS) if number else _clean_bom(line.rstrip(_LINE_ENDS))
                 number += 1
         return
     with files.open_binary(unit.path) as file:
@@ -81,14 +82,9 @@ def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
             line = file.readline()
             if not line:
                 return
-            yield position, _clean(line, position == 0)
+            # There may be thousands a megabyte: nothing is called that need not be.
+            yield position, line.rstrip(_LINE_ENDS) if position else _clean_bom(line.rstrip(_LINE_ENDS))
             position += len(line)
-
-
-def _clean(line: bytes, first: bool) -> bytes:
-    if first and line.startswith(_BOM):
-        line = line[len(_BOM) :]
-    return line.rstrip(b"\r\n")
 
 
 def _skip_line(file) -> int:

@@ -189,9 +189,10 @@ class TokenEncoder:
         return len(self._controls(encoded)) > 0
 
     def _controls(self, encoded: Encoded) -> np.ndarray:
-        # Control tokens have neighbouring ids, so a comparison leaves few tokens to look up.
+        # Control tokens have neighbouring ids at one end of the vocabulary: one comparison leaves few to look up.
         first, last = self._folder.control_range
-        found = np.flatnonzero((encoded.ids >= first) & (encoded.ids <= last))
+        at_the_end = first > self._folder.vocab_size - last
+        found = np.flatnonzero(encoded.ids >= first if at_the_end else encoded.ids <= last)
         return found[self._folder.is_control[encoded.ids[found]]]
 
     @cached_property

@@ -287,6 +287,9 @@ class _UnitRun:
 
     def _targets(self, documents: Sequence[Rendering | Framed], encoded: Encoded):
         """Masks of all texts at once, each on its own range of the axis of bytes."""
+        if set(map(type, documents)) == {Framed}:  # the many short chats of a usual file: no Python code for each
+            trained = framed_spans(documents, encoded.bytes[:-1])
+            return encoded.ids, target_mask(encoded.starts, encoded.ends, trained), encoded.offsets
         framed, bases, spans = [], [], []
         bounds = encoded.bytes.tolist()
         for document, base, stop in zip(documents, bounds, bounds[1:], strict=False):
