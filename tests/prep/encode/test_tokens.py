@@ -105,6 +105,24 @@ def test_a_fast_engine_that_differs_is_found_out(byte_level):
             encoder.encode(["Hello there, how are you today? " * 50] * 100)
 
 
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_control_tokens_are_counted_at_either_end_of_the_vocabulary(at_the_end, byte_level, tmp_path):
+    content = json.loads((byte_level / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["special"]]
+    names = [token["content"] for token in content["added_tokens"]]
+    entries = [name for name in content["model"]["vocab"] if name not in names]
+    order = [*entries, *names] if at_the_end else [*names, *entries]
+    content["model"]["vocab"] = {name: number for number, name in enumerate(order)}
+    for token in content["added_tokens"]:
+        token["id"] = order.index(token["content"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    encoder = TokenEncoder(read_tokenizer(tmp_path), "hf")
+    encoded, _ = encoder.encode([*(f"a{name}b{name}" for name in names), f"{order[0]}{order[-1]}", "no"])
+    expected = [sum(names.count(name) for name in (order[0], order[-1])), 0]
+    assert encoder.control_counts(encoded).tolist() == [2] * len(names) + expected
+    assert not encoder.has_controls(encoder.encode(["none of them"])[0])
+
+
 def test_the_sample_stays_within_its_share():
     draw = random.Random(0)
     texts = ["x" * draw.randint(1, 9000) for _ in range(2000)]
