@@ -126,7 +126,7 @@ class ChatRenderer:
     def render_marked(self, messages: Sequence[dict], tools: Sequence | None, guard: bool = True) -> Rendering:
         """The same through Jinja, always."""
         # As in transformers: a key without a value is no key (templates would write the word None).
-        given, messages = messages, [{k: v for k, v in message.items() if v is not None} for message in messages]
+        messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
         for number, message in enumerate(messages, 1):
             if isinstance(message.get("content"), list):
                 _check_parts(message["content"], number)
@@ -134,18 +134,27 @@ class ChatRenderer:
             chat = self._locate(messages, tools)
         except TemplateMismatchError:
             raise
-        except ValueError:
-            # Some templates (DeepSeek) ask for a content that is there and none.
-            if [len(message) for message in given] == [len(message) for message in messages]:
-                raise
-            messages = list(given)
-            chat = self._locate(messages, tools)
+        except ValueError as error:
+            chat, messages = self._locate_with_contents(messages, tools, error)
         rendering = self._rendering(chat, messages)
         if tools and not self._template.reads_tools:
             rendering.facts = {**rendering.facts, "tools_left_out": 1}
         if not guard:
             rendering.controls = None
         return rendering
+
+    def _locate_with_contents(self, messages: Sequence[dict], tools: Sequence | None, refusal: ValueError):
+        """(chat, messages) of what a template refuses because a tool call comes without a content: DeepSeek's wants one
+        that is there and none, Qwen3's a text."""
+        if all("content" in message or "tool_calls" not in message for message in messages):
+            raise refusal
+        for content in (None, ""):
+            given = [{"content": content, **m} if "tool_calls" in m else m for m in messages]
+            try:
+                return self._locate(given, tools), given
+            except ValueError:
+                continue
+        raise refusal
 
     def _locate(self, messages: Sequence[dict], tools: Sequence | None) -> MarkedChat:
         join_lists = not self.turns.takes_lists

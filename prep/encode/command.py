@@ -95,9 +95,10 @@ def encode(
     """Encode INPUTS into a document store OUT that `prep pack` takes: token ids and loss masks, tokenized once.
 
     An input is a file, a folder, a glob, an address (s3://…, https://…), a folder that `datasets` saved, or
-    hf:name[:config]#split. Links are followed, each file is read once. A record has messages, conversations, instruction and output, prompt and completion,
-    segments, text, or input_ids. Its flags go before all options: `train` and `weight: 0` of messages and of parts of a
-    content, `train` of segments. Control tokens in its texts stay text, in segments too, unless --allow-special.
+    hf:name[:config]#split. Links are followed, each file is read once. A record has messages, conversations,
+    instruction and output, prompt and completion, segments, text, or input_ids. Its flags go before all options:
+    `train` and `weight: 0` of messages and of parts of a content, `train` of segments. Control tokens in its texts
+    stay text, in segments too, unless --allow-special.
 
     \b
     prep encode chats.jsonl books/ --out store --tokenizer model/

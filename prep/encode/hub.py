@@ -6,6 +6,7 @@ from typing import NamedTuple
 import xxhash
 
 from prep.encode import files
+from prep.encode.readers import without_nulls
 
 
 class HubName(NamedTuple):
@@ -60,7 +61,7 @@ def read_hub(path: str, first_row: int) -> Iterator[tuple[int, object]]:
     builder, row = _builder(path), first_row
     try:
         for record in builder.as_streaming_dataset(split=parse(path).split):
-            yield row, record
+            yield row, {name: without_nulls(value) for name, value in record.items()}
             row += 1
     except Exception as error:
         raise ValueError(f"{path}, row {row + 1}: datasets cannot read it ({error})") from None

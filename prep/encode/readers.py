@@ -237,16 +237,35 @@ def _columnar(unit: Unit) -> Iterator[tuple[int, object]]:
 
 def _records(batch: pa.RecordBatch) -> list[object]:
     try:
-        return batch.to_pylist()
+        records = batch.to_pylist()
     except (ValueError, OverflowError):  # a text that is no UTF-8, a date that Python has not: in one of the rows
         return [_record(batch.slice(row, 1)) for row in range(batch.num_rows)]
+    for name in (name for name, column in zip(batch.schema.names, batch.columns, strict=True) if _lacks_keys(column)):
+        for record in records:
+            record[name] = without_nulls(record[name])
+    return records
+
+
+def _lacks_keys(column: pa.Array) -> bool:
+    """Whether a struct in a column has a null."""
+    if pa.types.is_struct(column.type):
+        return any(field.null_count or _lacks_keys(field) for field in column.flatten())
+    return (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and _lacks_keys(column.flatten())
+
+
+def without_nulls(value: object) -> object:
+    """A value from a column without the keys of its objects that are null: there each has all keys that any row has, so
+    that a tool call would be given the arguments of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _record(row: pa.RecordBatch) -> object:
     record, bad = {}, {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
-            record[name] = column[0].as_py()
+            record[name] = without_nulls(column[0].as_py())
         except (ValueError, OverflowError) as error:
             bad[name] = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
             is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)

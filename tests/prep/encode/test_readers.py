@@ -12,6 +12,7 @@ import pytest
 from encoding_runs import chats, documents, run, texts, write_jsonl
 
 from prep.encode.sources import SourceSpec
+from prep.encode.tokenizer import read_tokenizer
 
 
 def write_as(kind, folder, records):
@@ -87,6 +88,54 @@ def test_chats_in_columns_are_chats(kind, tmp_path, byte_level):
     folder = tmp_path / "data"
     folder.mkdir()
     assert documents(run(write_as(kind, folder, records), tmp_path / "store", byte_level)) == expected
+
+
+def call(name, **arguments):
+    return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+TOOL_CHATS = [
+    {
+        "messages": [{"role": "user", "content": "w?"}, call("weather", city="Bern"), {"role": "tool", "content": "9"}],
+        "tools": [{"function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}],
+    },
+    {
+        "messages": [{"role": "user", "content": "t?"}, call("time", zone="CET", at=[1, 2])],
+        "tools": [{"function": {"name": "time", "parameters": {"zone": {"enum": ["CET"]}}}}],
+    },
+    {"messages": [{"role": "user", "content": "u", "weight": 1.0}, {"role": "assistant", "content": "a"}]},
+]
+TOOL_TEMPLATE = (
+    "{{ tools | tojson if tools }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+    "{{ m.tool_calls | tojson if m.tool_calls }}{{ '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "arrow", "saved", "hf"])
+def test_tool_calls_in_columns_have_no_arguments_of_each_other(kind, tmp_path, byte_level):
+    """A struct of a column has every key that any row has, as null."""
+    template = tmp_path / "template.jinja"
+    template.write_text(TOOL_TEMPLATE)
+    (tmp_path / "data").mkdir()
+    stores = [
+        run(path, tmp_path / f"store{k}", byte_level, chat_template=str(template), keep_untrained=True)
+        for k, path in enumerate(
+            (write_jsonl(tmp_path / "a.jsonl", TOOL_CHATS), write_as(kind, tmp_path / "data", TOOL_CHATS))
+        )
+    ]
+    assert documents(stores[0]) == documents(stores[1])
+    decode = read_tokenizer(byte_level).tokenizer.decode
+    text = decode(stores[0].document(1)[0].tolist(), skip_special_tokens=False)
+    assert '[{"function": {"name": "time", "arguments": {"zone": "CET", "at": [1, 2]}}}]<|im_end|>' in text
+
+
+def test_nulls_that_are_written_out_stay(tmp_path, byte_level):
+    record = {"messages": [{"role": "user", "content": "u"}, call("f", a=None)]}
+    (tmp_path / "template.jinja").write_text(TOOL_TEMPLATE)
+    path = write_jsonl(tmp_path / "a.jsonl", [record])
+    store = run(path, tmp_path / "s", byte_level, chat_template=str(tmp_path / "template.jinja"))
+    decode = read_tokenizer(byte_level).tokenizer.decode
+    assert '"arguments": {"a": null}' in decode(store.document(0)[0].tolist())
 
 
 def test_plain_text_by_line_paragraph_and_document(tmp_path, byte_level):

@@ -171,6 +171,19 @@ def test_a_single_tool_call_that_deepseek_does_not_close_is_counted(npm_tokenize
     assert rendering.facts == {"turns_without_a_trained_end": 1}
 
 
+def test_a_tool_call_without_a_content_is_one_with_an_empty_content_to_qwen(npm_tokenizer):
+    """OpenAI writes null there, which its template cannot read."""
+    read = reader(read_tokenizer(npm_tokenizer("qwen3"))).read
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+    texts = []
+    for content in ({"content": None}, {}, {"content": ""}):
+        rendering = read({"messages": [user("w?"), {"role": "assistant", **content, "tool_calls": calls}]})
+        texts.append((rendering.text, rendering.spans))
+    assert texts[0] == texts[1] == texts[2]
+    with pytest.raises(ValueError, match="the chat template refuses this chat"):
+        read({"messages": [{"role": "user", "content": None}, model("a")]})
+
+
 def test_a_user_turn_that_deepseek_does_not_end_takes_no_end_of_an_empty_answer(npm_tokenizer):
     tokenizer = read_tokenizer(npm_tokenizer("deepseek_v3"))
     messages = [user("a|b"), model("\x1c"), user("x"), model("y")]

@@ -47,9 +47,9 @@ def test_globs_leave_hidden_files_as_folders_do(tmp_path, byte_level):
 
 @pytest.fixture
 def linked(tmp_path):
-    """Two files, one of them behind links to its folder, and two links that lead back up."""
-    for name in ("in/a.jsonl", "real/b.jsonl"):
-        (tmp_path / name).parent.mkdir()
+    """Three files, two of them behind links to their folder, and two links that lead back up."""
+    for name in ("in/a.jsonl", "real/b.jsonl", "real/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         write_jsonl(tmp_path / name, [{"text": name}])
     (tmp_path / "in" / "linked").symlink_to("../real")
     (tmp_path / "in" / "again").symlink_to("../real")
@@ -62,13 +62,13 @@ def linked(tmp_path):
 @pytest.mark.parametrize(
     ("named", "names"),
     [
-        ("in", ["a.jsonl", "one.jsonl"]),
-        ("in/**/*.jsonl", ["a.jsonl", "one.jsonl"]),
-        ("in/**", ["a.jsonl", "one.jsonl"]),
+        ("in", ["a.jsonl", "again/c.jsonl", "one.jsonl"]),
+        ("in/**/*.jsonl", ["a.jsonl", "again/c.jsonl", "one.jsonl"]),
+        ("in/**", ["a.jsonl", "again/c.jsonl", "one.jsonl"]),
         ("**/a*.jsonl", ["in/a.jsonl"]),
         ("*/up/up/**/a.jsonl", ["in/up/up/a.jsonl"]),
         ("in/*/b.jsonl", ["again/b.jsonl"]),
-        ("in/link*/../real/*", ["real/b.jsonl"]),
+        ("in/link*/../real/*", ["real/b.jsonl", "real/c.jsonl"]),
         ("in/*.jsonl", ["a.jsonl", "one.jsonl"]),
     ],
 )
