@@ -28,11 +28,8 @@ def spread(model_dir):
     mixture.exchange = ExpertExchange(dist.group.WORLD)
     mixture.router.aux_coefficient = mixture.router.z_coefficient = 0.1
     real = torch.arange(40) % 5 != 0
-    return (
-        mixture,
-        torch.randn(40, 48, requires_grad=True),
-        TokenPacks(torch.where(real, 0, 1), real.sum()[None], real.sum()),
-    )
+    packs = TokenPacks(torch.where(real, 0, 1), real.sum()[None], real.sum())
+    return mixture, torch.randn(40, 48, requires_grad=True), packs
 
 
 def reads(model_dir):
