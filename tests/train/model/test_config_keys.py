@@ -88,6 +88,21 @@ def test_a_key_that_is_left_out_means_what_transformers_takes(case):
     assert compared > 15
 
 
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}], ids=["plain", "scaled"])
+@pytest.mark.parametrize("case", [case for case in CASES if "," not in case and case != "phi3"])
+def test_without_a_base_the_rotary_embedding_is_that_of_the_family(case, scaling):
+    """In the new form, and in the old one, which phi3 has not."""
+    config, whole = described(case)
+    whole.pop("rope_parameters")
+    forms = [{"rope_scaling": scaling}]
+    if case != "gemma3_text":
+        forms.append({"rope_parameters": {**(scaling or {}), "rope_type": "linear" if scaling else "default"}})
+    for form in forms:
+        given = whole | form
+        theirs = config(**{name: value for name, value in given.items() if name != "model_type"}).to_dict()
+        assert model_config(given) == model_config(theirs), form
+
+
 NONSENSE = [
     ("llama", {"vocab_size": -5}, "vocab_size of config.json must be a whole number above 0, not -5."),
     ("llama", {"hidden_size": "4096"}, "hidden_size of config.json must be a whole number above 0, not '4096'."),
