@@ -16,6 +16,11 @@ from prep.encode.walk import GLOB, walk
 _BLOCK = 1 << 20
 _BUFFER = 1 << 16  # a file of this machine: lines reach over the edge of Python's 8 KiB too often
 COMPRESSIONS = (".gz", ".zst")
+_STAMPS = (
+    *("size", "ETag", "etag", "generation", "md5Hash", "content_md5", "Content-MD5"),
+    *("LastModified", "Last-Modified", "last_modified", "updated", "mtime"),
+)
+"""Names under which the libraries of fsspec tell of an object's content and its last change."""
 
 
 def is_remote(path: str) -> bool:
@@ -164,13 +169,17 @@ def file_size(path: str) -> int:
         return int(fs.size(inner) or 0)
 
 
-def file_stamp(path: str) -> tuple[int, int] | None:
-    """(bytes, time of the last change) of a file of this machine; None for an address, whose objects are replaced as a
-    whole."""
-    if is_remote(path) or path.startswith("hf:"):
-        return None
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
+def file_stamp(path: str) -> tuple:
+    """What is another once a file is: its bytes and the time of its last change, or what the other side of an address
+    tells of that kind."""
+    if not is_remote(path):
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    fs, inner = filesystem(path)
+    with _answering(path):
+        fs.invalidate_cache(inner)  # a listing that is kept says what was
+        info = fs.info(inner)
+    return tuple(str(info[name]) for name in _STAMPS if info.get(name) is not None)
 
 
 def file_facts(path: str) -> tuple[int, str]:

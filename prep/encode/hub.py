@@ -44,16 +44,27 @@ def describe(path: str) -> tuple[int, str]:
 
     A file of this machine is hashed; one of the hub is named by its address and revision, which stand for its bytes.
     """
-    builder, split = _builder(path), parse(path).split
-    splits = builder.config.data_files or {}
-    if split not in splits:
-        known = ", ".join(map(str, splits)) or "none that is made of files"
-        raise ValueError(f"{path}: no split {split!r}; name one as hf:NAME#SPLIT, of {known}")
     digest, size = xxhash.xxh3_128(), 0
-    for file, origin in zip(splits[split], splits[split].origin_metadata, strict=True):
+    for file, origin in _files(path):
         size += files.file_size(file)
         digest.update((repr((file, origin)) if files.is_remote(file) else files.file_facts(file)[1]).encode())
     return size, digest.hexdigest()
+
+
+def stamp(path: str) -> tuple:
+    """As `files.file_stamp`: of all files of a split."""
+    return tuple(
+        (file, str(origin)) if files.is_remote(file) else files.file_stamp(file) for file, origin in _files(path)
+    )
+
+
+def _files(path: str) -> list[tuple[str, object]]:
+    """(path or address, what the hub tells of it) of the files that make a split up."""
+    splits, split = _builder(path).config.data_files or {}, parse(path).split
+    if split not in splits:
+        known = ", ".join(map(str, splits)) or "none that is made of files"
+        raise ValueError(f"{path}: no split {split!r}; name one as hf:NAME#SPLIT, of {known}")
+    return list(zip(splits[split], splits[split].origin_metadata, strict=True))
 
 
 def read_hub(path: str, first_row: int) -> Iterator[tuple[int, object]]:

@@ -1,26 +1,35 @@
 """Records → document store: plan the units, run them, write store.json last."""
 
 import functools
-import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from prep.encode.builtin import BUILTIN, hash_template, load_template
-from prep.encode.files import absolute, file_stamp, is_remote
+from prep.encode.files import absolute, is_remote
+from prep.encode.identity import make_plan, refuse_difference
 from prep.encode.mix import check_shares, select
 from prep.encode.options import EncodeOptions
 from prep.encode.preload import begin_fast
-from prep.encode.sources import InputFile, SourceSpec, Unit, as_sources, check_place, cut_units, find_inputs
+from prep.encode.sources import (
+    InputFile,
+    SourceSpec,
+    Unit,
+    as_sources,
+    check_place,
+    cut_units,
+    find_inputs,
+    hash_of,
+    stamp_of,
+)
 from prep.encode.storage import PLAN_NAME, FolderStorage, RemoteStorage, storage_at
 from prep.encode.store import (
     STORE_NAME,
-    STORE_VERSION,
     DocumentStore,
     UnitResult,
     check_version,
@@ -36,7 +45,7 @@ from prep.engine.local import Workers
 from prep.ledger import LEDGER_NAME, Ledger
 
 _NAMES_SHOWN = 20  # of the files that were left out of a source; the ledger has their number
-_PACKAGES = ("jinja2", "numpy", "orjson", "pyarrow", "tokenizers", "xxhash")
+_TIMES_WRITTEN_ANEW = 3  # that a run goes on by itself; each time all inputs are hashed
 
 
 @dataclass(frozen=True)
@@ -90,21 +99,34 @@ def write_store(
         ValueError: bad input or options, or a store of something else in the place; one sentence that names it.
         OSError: the place cannot be written (a full disk, a refused put); what is finished is kept.
     """
+    once = functools.partial(
+        _write_store_once, inputs, place, options, workers, progress, runner, ray_address, unit_range
+    )
+    for _ in range(_TIMES_WRITTEN_ANEW):
+        with suppress(WrittenAnewError):
+            return once(resume)
+        resume = True
+    return once(resume)
+
+
+def _write_store_once(
+    inputs, place, options, workers, progress, runner, ray_address, unit_range, resume: bool
+) -> dict | None:
+    """As `write_store`, with WrittenAnewError where an input is written meanwhile with the bytes that it has."""
     storage = storage_at(place)
     check_tokenizer_folder(options.tokenizer)
     sources = as_sources(inputs)
     check_shares(sources)
     check_place(str(place), sources)
     files, left_out = find_inputs(sources)
-    stamps = [file_stamp(file.path) for file in files]
     units = cut_units(files, sources, options.unit_bytes)
     count = min(workers, len(units)) if runner == "local" else 1
     with Workers(count, functools.partial(_tokenizer_facts, options, tuple(sources)), _early(options)) as pool:
         for file in files:
             _ = file.xxh3_128  # reads it, while the tokenizer is loaded
-        plan = _plan(pool.setup_result(), sources, files, options)
+        plan = make_plan(pool.setup_result(), sources, files, options)
         if (finished := storage.read_json(STORE_NAME)) is not None:
-            _refuse_difference(storage.name, check_version(storage.name, finished), plan)
+            refuse_difference(storage.name, check_version(storage.name, finished), plan)
             return finished
         fresh = _claim(storage, plan, resume or unit_range is not None) and unit_range is None
         run = pool.run if runner == "local" else _on_ray(ray_address)
@@ -121,24 +143,46 @@ def write_store(
                 report = _reporter(units, options, progress)
                 with storage.syncing() if not job.sync else nullcontext() as sync:
                     results = run(functools.partial(encode_unit, job), units, _after(sync, report))
-                for file, stamp in zip(files, stamps, strict=True):
-                    if file_stamp(file.path) != stamp:
-                        storage.remove()  # nobody knows which of its units saw what
-                        raise ValueError(
-                            f"{file.path}: changed while it was read; encode again when nobody writes to it"
-                        )
                 return _finish(storage, job, results, plan, left_out) if unit_range is None else None
-            except TooManyErrorsError:
-                raise
-            except OSError as error:  # a full disk, a refused put, an input that vanished, a worker that was killed
-                way = "" if "--resume" in str(error) else f"; what is finished is kept in {place}, go on with --resume"
-                raise OSError(f"{error}{way}") from None
-            except ValueError:
-                # Bad input: whoever mends it has another input, so nothing of this store could ever be used. What a
-                # full disk or a kill leaves can be finished, and stays.
-                if fresh:
+            except (OSError, ValueError) as found:
+                error = _cause(found, files)
+                if isinstance(error, OSError):  # a full disk, an input that vanished, a worker that was killed
+                    way = f"; what is finished is kept in {place}, go on with --resume"
+                    error = OSError(str(error) if "--resume" in str(error) else f"{error}{way}")
+                elif fresh and not isinstance(error, KeptError):
+                    # Bad input: whoever mends it has another input, so nothing of this store could ever be used.
                     storage.remove()
-                raise
+                raise error from None
+
+
+class KeptError(ValueError):
+    """Not what the units were made of is at fault: they can be used when its cause is gone."""
+
+
+class TooManyErrorsError(KeptError):
+    """More bad records than allowed; the store keeps the list of them."""
+
+
+class WrittenAnewError(KeptError):
+    """An input was written while it was read, with the bytes that it had: what is finished is right."""
+
+
+def _cause(error: Exception, files: Sequence[InputFile]) -> Exception:
+    """Why a run failed: an input that was written since it was hashed goes before the error that was found."""
+    for file in files:
+        try:
+            if stamp_of(file.path) == file.stamp:
+                continue
+            same = hash_of(file.path) == (file.bytes, file.xxh3_128)
+        except (OSError, ValueError):  # it is gone, or its address does not answer: the error that was found says so
+            continue
+        if same:
+            return WrittenAnewError(
+                f"{file.path}: is written again and again while it is read; what is finished is kept, go on with "
+                "--resume when nobody writes to it"
+            )
+        return ValueError(f"{file.path}: changed while it was read; encode again when nobody writes to it")
+    return error
 
 
 def _after(sync: Callable[[int], None] | None, report: Callable[[Unit, UnitResult], None]) -> Callable:
@@ -157,10 +201,6 @@ def _early(options: EncodeOptions) -> Callable[[], None] | None:
     if options.engine == "hf" or is_remote(str(options.tokenizer)):
         return None
     return functools.partial(begin_fast, str(options.tokenizer))
-
-
-class TooManyErrorsError(ValueError):
-    """More bad records than allowed; the store keeps the list of them."""
 
 
 def _on_ray(address: str | None) -> Callable:
@@ -210,7 +250,7 @@ def _finish(
         reasons = ", ".join(f"{count['documents']} {reason}" for reason, count in sorted(dropped.items()))
         raise ValueError(f"no document is left to store ({reasons or 'the inputs are empty'}); check the inputs")
     _collect_rejects(storage, results)
-    _refuse_difference(storage.name, storage.read_json(PLAN_NAME) or {}, plan)
+    refuse_difference(storage.name, storage.read_json(PLAN_NAME) or {}, plan)
     storage.write_json(LEDGER_NAME, content["ledger"])
     storage.write_json(STORE_NAME, content)
     return content
@@ -279,31 +319,6 @@ def _tokenizer_facts(options: EncodeOptions, sources: Sequence[SourceSpec]) -> d
     }
 
 
-def _plan(facts: dict, sources: Sequence[SourceSpec], files: Sequence[InputFile], options: EncodeOptions) -> dict:
-    engine = facts["engine"]
-    templates = facts.pop("source_templates")
-    identities = [_source_identity(*pair) for pair in zip(sources, templates, strict=True)]
-    packages = [*_PACKAGES, *(["fastokens"] if engine == "fast" else [])]
-    if any(file.format == "hf" for file in files):
-        packages.append("datasets")
-    return {
-        "store_version": STORE_VERSION,
-        "inputs": [file.to_json() for file in files],
-        "input_formats": [[sources[file.source].name, file.format] for file in files],
-        "options": {**options.identity(), "sources": identities},
-        **facts,
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _source_identity(source: SourceSpec, template: str) -> dict:
-    value = asdict(source)
-    del value["paths"], value["template"]  # inputs and template are hashed by content
-    value["template_hash"] = template
-    value["columns"] = dict(source.columns)
-    return value
-
-
 def _check_errors(results: Sequence[UnitResult], ledger: Ledger, options: EncodeOptions) -> None:
     rejected = sum(result.rejected for result in results)
     records = ledger.total()["read"]["documents"]
@@ -328,7 +343,7 @@ def _claim(storage: FolderStorage | RemoteStorage, plan: dict, resume: bool) -> 
     """Take the place for this plan: an empty one (then True), or an unfinished store of the same plan."""
     theirs = storage.read_json(PLAN_NAME)
     if theirs is not None:
-        _refuse_difference(storage.name, theirs, plan)
+        refuse_difference(storage.name, theirs, plan)
         if not resume:
             raise ValueError(
                 f"{storage.name}: holds an unfinished store of the same input; go on with --resume or remove it"
@@ -339,36 +354,8 @@ def _claim(storage: FolderStorage | RemoteStorage, plan: dict, resume: bool) -> 
     try:
         storage.create(plan)
     except FileNotFoundError:  # another task of the same array was faster
-        _refuse_difference(storage.name, storage.read_json(PLAN_NAME) or {}, plan)
+        refuse_difference(storage.name, storage.read_json(PLAN_NAME) or {}, plan)
     return True
-
-
-def _refuse_difference(name: str, theirs: dict, ours: dict) -> None:
-    different = list(_differences("", theirs, ours))
-    if different:
-        raise ValueError(
-            f"{name}: was made with other {', '.join(different)}; use the same again or give another folder"
-        )
-
-
-def _differences(prefix: str, theirs: object, ours: object):
-    if theirs == ours:
-        return
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted(ours.keys() & theirs.keys()):
-            yield from _differences(f"{prefix}{key}.", theirs[key], ours[key])
-        if not prefix:  # a finished store holds more than its plan
-            return
-        yield from (f"{prefix}{key}" for key in sorted(ours.keys() ^ theirs.keys()))
-    else:
-        yield f"{prefix[:-1]} ({_short(theirs)}, now {_short(ours)})"
-
-
-def _short(value: object) -> str:
-    if isinstance(value, list):
-        value = [item.get("name", item) if isinstance(item, dict) else item for item in value]
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else text[:117] + "…"
 
 
 def _reporter(units: Sequence[Unit], options: EncodeOptions, progress):

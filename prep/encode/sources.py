@@ -78,13 +78,17 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read: where it lies, and what it is called in everything that is written."""
+    """A file to read: where it lies, and what it is called in everything that is written.
+
+    stamp: see `stamp_of`; taken before the hash.
+    """
 
     path: str
     name: str
     source: int
     format: str
     bytes: int
+    stamp: tuple
     known_hash: str | None
     """Where the size could not be had without reading it all; else that waits until the hash is asked for."""
 
@@ -97,7 +101,7 @@ class InputFile:
         """
         if self.known_hash is not None:
             return self.known_hash
-        size, digest = files.file_facts(self.path)
+        size, digest = hash_of(self.path)
         if size != self.bytes:
             raise ValueError(f"{self.path}: changed while it was read; encode again when nobody writes to it")
         return digest
@@ -111,7 +115,7 @@ class InputFile:
 class Unit:
     """Part `start:stop` of a file; in bytes (`jsonl`, `text` by line), row groups or record batches; all of it else.
 
-    `begun`: the store may hold it already.
+    `stamp`: the file's, see `stamp_of`. `begun`: the store may hold it already.
     """
 
     index: int
@@ -123,6 +127,7 @@ class Unit:
     stop: int
     bytes: int
     first_row: int = 0
+    stamp: tuple = ()
     begun: bool = False
 
 
@@ -205,7 +210,7 @@ def find_inputs(specs: Sequence[SourceSpec]) -> tuple[list[InputFile], dict[str,
             for entry in entries:
                 count = seen[entry.name] = seen.get(entry.name, 0) + 1
                 name = entry.name if count == 1 else f"{entry.name}#{count}"
-                found.append(InputFile(entry.path, name, number, entry.format, entry.bytes, entry.hash))
+                found.append(InputFile(entry.path, name, number, entry.format, entry.bytes, entry.stamp, entry.hash))
     return found, left_out
 
 
@@ -226,16 +231,39 @@ class _Entry:
     name: str
     format: str
     bytes: int
+    stamp: tuple
     hash: str | None
+
+
+def stamp_of(path: str) -> tuple:
+    """What is another as soon as the file is: a file with the stamp that it had before it was hashed still has that
+    hash. `touch` gives another to the same bytes.
+
+    Raises:
+        OSError: the file is gone, or the address does not answer.
+    """
+    if path.startswith("hf:"):
+        from prep.encode.hub import stamp  # `datasets` takes a second to import: only its own sources pay for it
+
+        return stamp(path)
+    return files.file_stamp(path)
+
+
+def hash_of(path: str) -> tuple[int, str]:
+    """(bytes, xxh3-128) of an input, or what stands for them."""
+    if path.startswith("hf:"):
+        from prep.encode.hub import describe  # as above
+
+        return describe(path)
+    return files.file_facts(path)
 
 
 def _expand(path: str, spec: SourceSpec) -> tuple[list[_Entry], list[str]]:
     """The files of a path, and the names of those of no known format."""
     if path.startswith("hf:"):
-        # `datasets` takes a second to import: only its own sources pay for it.
-        from prep.encode.hub import describe
-
-        return [_Entry(path, os.path.basename(path.rstrip("/")), "hf", *describe(path))], []
+        stamp = stamp_of(path)
+        size, digest = hash_of(path)
+        return [_Entry(path, os.path.basename(path.rstrip("/")), "hf", size, stamp, digest)], []
     saved = _saved_dataset(path.rstrip("/"))
     found = saved if saved is not None else raw_files(path)
     entries, others = [], []
@@ -244,10 +272,11 @@ def _expand(path: str, spec: SourceSpec) -> tuple[list[_Entry], list[str]]:
         if kind is None:
             others.append(name)
             continue
-        size, digest = files.file_facts(place) if files.is_remote(place) else (files.file_size(place), None)
+        stamp = stamp_of(place)
+        size, digest = hash_of(place) if files.is_remote(place) else (files.file_size(place), None)
         if kind == "json":
             kind = "json" if size and _is_array(place) else "jsonl"
-        entries.append(_Entry(place, name, kind, size, digest))
+        entries.append(_Entry(place, name, kind, size, stamp, digest))
     if not entries:
         raise ValueError(
             f"{path}: no file of a known format (but {others[0]}); endings known are {', '.join(_ENDINGS)} (and .gz, "
@@ -320,6 +349,7 @@ def cut_units(inputs: Sequence[InputFile], specs: Sequence[SourceSpec], unit_byt
                     part.stop,
                     part.bytes,
                     part.first_row,
+                    file.stamp,
                 )
             )
     return units

@@ -16,7 +16,7 @@ from prep.encode.numbers import holds_long_number, parse_exactly, parse_json
 from prep.encode.options import EncodeOptions
 from prep.encode.readers import Unreadable, locate, read_unit
 from prep.encode.records import RecordReader, Tokens
-from prep.encode.sources import SourceSpec, Unit
+from prep.encode.sources import SourceSpec, Unit, stamp_of
 from prep.encode.storage import storage_at
 from prep.encode.store import UnitResult, UnitWriter
 from prep.encode.templates import ChatTemplate
@@ -70,6 +70,7 @@ def encode_unit(job: Job, unit: Unit) -> UnitResult:
 
     Raises:
         ValueError: a record that is none, if the options stop there; the message names file and line or row.
+        OSError: the file changed since it was hashed. The unit is not done then: a unit that is holds what was hashed.
     """
     storage = storage_at(job.store)
     done = storage.finished_unit(unit.index) if unit.begun else None
@@ -97,6 +98,8 @@ def _encode_into(folder: Path, job: Job, unit: Unit) -> UnitResult:
         except DirectDiffersError:
             differences.append("direct_rendering_differed_units")
             chats.disable_direct()
+    if stamp_of(unit.path) != unit.stamp:
+        raise OSError(f"{unit.path}: changed while it was read")
     for name in differences:
         ledger.note(job.sources[unit.source].name, name, 1)
     return run.writer.finish(ledger, run.rejected)

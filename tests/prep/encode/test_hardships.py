@@ -10,10 +10,11 @@ from functools import partial
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from encoding_runs import digest
 from tokenizers import Tokenizer
 
 from prep.cli import main
-from prep.encode import hub
+from prep.encode import files, hub
 from prep.encode.command import progress_note
 from prep.encode.mix import take, wanted_tokens
 from prep.encode.options import EncodeOptions
@@ -116,6 +117,73 @@ def test_an_input_that_changes_while_it_is_read_leaves_nothing(tmp_path, byte_le
     with pytest.raises(ValueError, match=r"a\.jsonl: changed while it was read"):
         run([path], tmp_path / "s", byte_level, unit_bytes=500, progress=append)
     assert not (tmp_path / "s").exists()
+
+
+def test_an_input_that_is_touched_costs_nothing(tmp_path, byte_level):
+    """Backups and copies give the same bytes another time; what saw them is not thrown away."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"number {k}"} for k in range(300)])
+    run([path], tmp_path / "whole", byte_level, unit_bytes=500)
+    seen = []
+
+    def touch(progress):
+        seen.append((progress.units_done, progress.units))
+        if len(seen) == 3:
+            path.write_bytes(path.read_bytes())
+
+    run([path], tmp_path / "s", byte_level, unit_bytes=500, progress=touch)
+    assert digest(tmp_path / "s") == digest(tmp_path / "whole")
+    assert seen[3][0] == 1, "it went on by itself"
+    times = []
+
+    def always(progress):
+        times.append(len(times))
+        os.utime(path, ns=(0, len(times)))
+
+    with pytest.raises(ValueError, match=r"a\.jsonl: is written again and again .* go on with --resume"):
+        run([path], tmp_path / "t", byte_level, unit_bytes=500, progress=always)
+    run([path], tmp_path / "t", byte_level, unit_bytes=500, resume=True)
+    assert digest(tmp_path / "t") == digest(tmp_path / "whole")
+
+
+def test_an_input_that_changes_never_takes_away_what_other_parts_made(tmp_path, byte_level):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"number {k}"} for k in range(300)])
+    data = path.read_bytes()
+    whole = documents(run([path], tmp_path / "whole", byte_level, unit_bytes=500))
+    options = EncodeOptions(str(byte_level), unit_bytes=500)
+    encode([path], tmp_path / "s", options, unit_range=(1, 2))
+    made = len(list((tmp_path / "s" / "units").glob("*.json")))
+
+    def append(_):
+        path.write_bytes(data + data)
+
+    with pytest.raises(ValueError, match="changed while it was read"):
+        encode([path], tmp_path / "s", options, unit_range=(2, 2), progress=append)
+    assert len(list((tmp_path / "s" / "units").glob("*.json"))) == made + 1
+    path.write_bytes(data)
+    assert documents(run([path], tmp_path / "s", byte_level, unit_bytes=500, resume=True)) == whole
+
+
+def test_a_store_holds_what_was_hashed(tmp_path, byte_level, monkeypatch):
+    """A file that changes while later ones are hashed, and files of a dataset that change before it is read."""
+    first, second = (write_jsonl(tmp_path / name, [{"text": "old"}]) for name in ("a.jsonl", "b.jsonl"))
+    real = files.file_facts
+
+    def hash_late(path):
+        facts = real(path)
+        if path == str(second):
+            write_jsonl(first, [{"text": "new"}])
+        return facts
+
+    monkeypatch.setattr(files, "file_facts", hash_late)
+    with pytest.raises(ValueError, match=r"a\.jsonl: changed while it was read"):
+        run([str(first), str(second)], tmp_path / "s", byte_level)
+    monkeypatch.undo()
+    (tmp_path / "data").mkdir()
+    path = write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": "old"}])
+    read = hub.read_hub
+    monkeypatch.setattr(hub, "read_hub", lambda *given: write_jsonl(path, [{"text": "new"}]) and read(*given))
+    with pytest.raises(ValueError, match=r"data#train: changed while it was read"):
+        run([f"hf:{tmp_path / 'data'}#train"], tmp_path / "t", byte_level)
 
 
 def test_another_library_version_is_refused_by_name(tmp_path, byte_level):

@@ -50,6 +50,18 @@ def test_a_missing_object_is_named(bucket, tmp_path, byte_level):
         encode(["s3://data/nothing.jsonl"], tmp_path / "s", EncodeOptions(str(byte_level)))
 
 
+def test_an_object_that_is_replaced_while_it_is_read(bucket, s3, tmp_path, byte_level):
+    s3.put_object(Bucket="data", Key="re/a.jsonl", Body=bucket)
+
+    def replace(progress):
+        if progress.units_done == 2:  # by one of the same size
+            s3.put_object(Bucket="data", Key="re/a.jsonl", Body=bucket.replace(b"hello", b"jello"))
+
+    with pytest.raises(ValueError, match=r"re/a\.jsonl: changed while it was read"):
+        encode(["s3://data/re"], tmp_path / "s", EncodeOptions(str(byte_level), unit_bytes=5000), progress=replace)
+    assert not (tmp_path / "s").exists()
+
+
 def test_hidden_objects_folder_markers_and_brackets(s3, tmp_path, byte_level):
     s3.create_bucket(Bucket="odd")
     for key in ("in/a.jsonl", "in/.hidden.jsonl", "in/_tmp/b.jsonl", "in/part[1].jsonl"):
