@@ -3,6 +3,8 @@
 The built-in ones frame plain chats as the model families do; for tools and reasoning take the family's own template.
 """
 
+import re
+
 import xxhash
 
 from prep.encode.files import open_binary
@@ -98,16 +100,26 @@ BUILTIN = {
 }
 
 
+_TOKEN = re.compile(r"<(?:[|｜][^|｜']+[|｜]|start_of_turn|end_of_turn)>")
+
+
 def load_template(name: str | None, folder: TokenizerFolder | None) -> str | None:
     """The Jinja text: of a built-in template, of a file or an address; without a name the tokenizer folder's own, or
-    None where it has none.
+    None where it has none. Without a folder nothing is asked of the tokenizer.
 
     Raises:
-        ValueError: neither a built-in name nor a file.
+        ValueError: neither a built-in name nor a file, or a built-in template whose tokens the tokenizer has not.
     """
     if name is None:
         return folder.chat_template
     if name in BUILTIN:
+        known = _TOKEN.findall(BUILTIN[name]) if folder is None else folder.control_tokens
+        missing = [token for token in _TOKEN.findall(BUILTIN[name]) if token not in known]
+        if missing:
+            raise ValueError(
+                f"the tokenizer {folder.path.name} has no token {missing[0]}, which the built-in chat template {name} "
+                "writes, so no end of a turn would be trained; take the template of the tokenizer's own family"
+            )
         return BUILTIN[name]
     try:
         with open_binary(name) as file:

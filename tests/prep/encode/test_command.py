@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from encoding_runs import chats, digest, run, write_jsonl
 
 from prep.cli import main
+from prep.encode.builtin import BUILTIN
 from prep.encode.command import encode as command
 
 ROOT = Path(__file__).parents[3]
@@ -42,6 +43,19 @@ def test_the_command(tmp_path, byte_level):
         result = CliRunner().invoke(command, ["--mix", "m.yaml", "--out", "x", "--tokenizer", "y", *useless])
         assert result.exit_code == 2
         assert "with --mix each source has its own columns, format and text_by, in the file" in result.output
+
+
+def test_a_built_in_template_wants_its_tokens(tmp_path, byte_level):
+    """As text they would end no turn: none would be trained."""
+    path = write_jsonl(tmp_path / "a.jsonl", chats(2))
+    given = [str(path), "--tokenizer", str(byte_level), "--chat-template"]
+    refused = {"llama3": "<|start_header_id|>", "gemma": "<start_of_turn>", "phi": "<|end|>", "deepseek": "<｜User｜>"}
+    for name in BUILTIN:
+        result = CliRunner().invoke(main, ["encode", *given, name, "--out", str(tmp_path / name)])
+        assert result.exit_code == (name in refused), result.output
+        assert (tmp_path / name).exists() == (result.exit_code == 0)
+        if name in refused:
+            assert f"has no token {refused[name]}, which the built-in chat template {name} writes" in result.output
 
 
 def test_turns_that_cannot_be_trained_stand_in_ledger_summary_and_lint(tmp_path, byte_level):
