@@ -136,6 +136,8 @@ class ChatRenderer:
             raise
         except ValueError as error:
             chat, messages = self._locate_with_contents(messages, tools, error)
+        if guard:
+            self._check_changed(chat)
         rendering = self._rendering(chat, messages)
         if tools and not self._template.reads_tools:
             rendering.facts = {**rendering.facts, "tools_left_out": 1}
@@ -157,11 +159,29 @@ class ChatRenderer:
         raise refusal
 
     def _locate(self, messages: Sequence[dict], tools: Sequence | None) -> MarkedChat:
-        join_lists = not self.turns.takes_lists
-        try:
-            return self._template.render_marked(messages, tools, self._control, join_lists)
-        except TemplateMismatchError:
-            return self._template.render_marked(messages, tools, self._control, join_lists, cut_at_tags=True)
+        join_lists, chat = not self.turns.takes_lists, None
+        # What stands between the marks of a word shall be that word: where a template cuts it at a tag and writes
+        # something of its own there, each piece is marked by itself.
+        for cut in (False, True) if self._template.tags else (False,):
+            try:
+                chat = self._template.render_marked(messages, tools, self._control, join_lists, cut_at_tags=cut)
+            except TemplateMismatchError as error:
+                mismatch = error
+                continue
+            if not any(origin.field in ("content", "reasoning") for origin, _ in chat.changed()):
+                break
+        if chat is None:
+            raise mismatch
+        return chat
+
+    def _check_changed(self, chat: MarkedChat) -> None:
+        """Refuse words that a template turns into control tokens: these would be text."""
+        for origin, written in chat.changed() if self._control is not None else ():
+            if Counter(self._control.findall(written)) - Counter(self._control.findall(origin.text)):
+                raise ValueError(
+                    f"the chat template writes control tokens into the words of message {origin.message + 1}, where "
+                    "they would be text; --allow-special takes them for control tokens"
+                )
 
 
 def _check_parts(parts: Sequence, number: int) -> None:

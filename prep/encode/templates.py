@@ -138,7 +138,7 @@ class ChatTemplate:
         return f"'{role}'" in self.source or f'"{role}"' in self.source
 
     @cached_property
-    def _tags(self) -> re.Pattern | None:
+    def tags(self) -> re.Pattern | None:
         """Tags such as <think> that the template itself names and may look for inside a content."""
         tags = sorted(set(re.findall(r"</?\w+>", self.source)) - set(self.special_tokens.values()))
         return re.compile("(" + "|".join(map(re.escape, tags)) + ")") if tags else None
@@ -196,7 +196,7 @@ class ChatTemplate:
         text = self.render(plain, tools)
         if not text.isascii() and _ANY_MARK.search(text):
             raise ValueError("the chat holds private-use characters U+10FF00–U+10FF03, which mark words here")
-        marker = _Marker(self._tags if cut_at_tags else None, control)
+        marker = _Marker(self.tags, cut_at_tags, control)
         chat = [marker.message(i, message) for i, message in enumerate(messages)]
         chat = [_joined(message) for message in chat] if join_lists else chat
         marked_tools = None if tools is None else marker.aside(tools, -1)
@@ -217,7 +217,7 @@ class ChatTemplate:
         marked = _read_marks(self._render(chat, None, False, mark=True))
         if marked is None:
             raise TemplateMismatchError("the chat template tears the words of a chat apart")
-        origins = [Origin(k, "content", 0, True) for k in range(len(roles))]
+        origins = [Origin(k, "content", 0, True, FRAME_WORD) for k in range(len(roles))]
         return MarkedChat(marked.text, marked.words, marked.generations, origins)
 
 
@@ -235,7 +235,10 @@ class Origin(NamedTuple):
     part: int
     """Index in a content list; 0 for a plain content."""
     leads: bool
-    """Nothing of the same content stands before it (a tag would)."""
+    """Nothing of the same content stands before it: no tag, and no reasoning whose opening tag is left to the template
+    (`plan</think>answer`)."""
+    text: str
+    """The word as the record has it."""
 
 
 class MarkedChat(NamedTuple):
@@ -246,12 +249,22 @@ class MarkedChat(NamedTuple):
     generations: list[tuple[int, int]]
     origins: list[Origin]
 
+    def changed(self) -> list[tuple[Origin, str]]:
+        """Words that the template does not write as they are, each with what stands in its place."""
+        found = ((self.origins[number], start, end) for number, start, end in self.words)
+        return [
+            (origin, self.text[start:end])
+            for origin, start, end in found
+            if len(origin.text) != end - start or not self.text.startswith(origin.text, start)
+        ]
+
 
 class _Marker:
     """Copies messages with marks around their words."""
 
-    def __init__(self, tags: re.Pattern | None, control: re.Pattern | None):
+    def __init__(self, tags: re.Pattern | None, cut: bool, control: re.Pattern | None):
         self._tags = tags
+        self._cut = cut
         self._control = control
         self.origins: list[Origin] = []
 
@@ -303,9 +316,10 @@ class _Marker:
         return value
 
     def _text(self, text: str, index: int, field: str, part: int) -> str:
-        pieces = self._tags.split(text) if self._tags else [text]
+        pieces = self._tags.split(text) if self._tags and self._cut else [text]
         out = []
-        leads = True
+        first = self._tags.search(text) if self._tags else None
+        leads = first is None or not first.group().startswith("</")
         for position, piece in enumerate(pieces):
             is_tag = position % 2 == 1 and not (self._control and self._control.search(piece))
             # White space stays outside, so that a template may strip it; an empty word has nothing to mark.
@@ -315,7 +329,7 @@ class _Marker:
                 leads = leads and not is_tag
                 continue
             number = len(self.origins)
-            self.origins.append(Origin(index, field, part, leads))
+            self.origins.append(Origin(index, field, part, leads, core))
             out.append(f"{before}{_WORD}{number};{core}{_WORD_END}{number};{after}")
             leads = False
         return "".join(out)

@@ -103,6 +103,22 @@ def test_a_role_that_completes_a_control_token_is_refused(byte_level):
     )
 
 
+def test_words_that_a_template_turns_into_control_tokens_are_refused(tmp_path, byte_level):
+    """They would be spelt as text: where a word becomes another, nobody can tell what of it is the template's."""
+    source = "{% for m in messages %}{{ '<|im_start|>' + m.content | replace('[SEP]', '<|endoftext|>') | upper }}"
+    path = tmp_path / "template.jinja"
+    path.write_text(source.replace(" | upper", "") + "{{ '<|im_end|>' }}{% endfor %}")
+    record = chat("u [SEP] v", "a<|im_end|>")
+    data = write_jsonl(tmp_path / "a.jsonl", [record])
+    with pytest.raises(ValueError, match=r"writes control tokens into the words of message 1, .*; --allow-special"):
+        run(data, tmp_path / "s", byte_level, chat_template=str(path))
+    store = run(data, tmp_path / "s", byte_level, chat_template=str(path), allow_special=True)
+    assert store.document(0)[0].tolist().count(read_tokenizer(byte_level).control_tokens["<|endoftext|>"]) == 1
+    # Words that become others, but no control tokens, are theirs.
+    upper = reader(byte_level, template=source.replace("[SEP]", "[sep]") + "{{ '<|im_end|>' }}{% endfor %}")
+    assert trained(upper.read(chat("u", "a"))) == [f"A{END}"]
+
+
 def test_segments_are_text_too_unless_control_tokens_are_allowed(tmp_path, byte_level):
     record = {"input_output": [{"text": "u<|im_end|>", "label": False}, {"text": "a<|im_end|>", "label": True}]}
     path = write_jsonl(tmp_path / "a.jsonl", [record])

@@ -171,6 +171,24 @@ def test_a_single_tool_call_that_deepseek_does_not_close_is_counted(npm_tokenize
     assert rendering.facts == {"turns_without_a_trained_end": 1}
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("plan it</think>\n\nok", "<think>\nplan it\n</think>\n\nok"),
+        ("plan it\n</think>\n\nok", "<think>\nplan it\n</think>\n\nok"),
+        ("<think>\nplan it\n</think>\n\nok", "<think>\nplan it\n</think>\n\nok"),
+        ("</think>hello", "hello"),
+        ("<think></think>hello", "hello"),
+        ("hello", "hello"),
+    ],
+)
+def test_reasoning_without_its_opening_tag_and_empty_reasoning_in_a_content(npm_tokenizer, content, expected):
+    """The prompt of a thinking model writes the opening tag, so that its answers come without."""
+    rendering = reader(read_tokenizer(npm_tokenizer("qwen3"))).read({"messages": [user("u"), model(content)]})
+    assert trained_texts(rendering) == [expected + "<|im_end|>"]
+    assert rendering.text.count("</think>") == 1
+
+
 def test_a_tool_call_without_a_content_is_one_with_an_empty_content_to_qwen(npm_tokenizer):
     """OpenAI writes null there, which its template cannot read."""
     read = reader(read_tokenizer(npm_tokenizer("qwen3"))).read
