@@ -44,7 +44,11 @@ from prep.options import Output, Size, as_json, echo_json, quiet
     type=click.Choice(["error", "drop", "truncate", "split"]),
     help="What happens to documents longer than --seq-len.",
 )
-@click.option("--max-docs", type=click.IntRange(min=1), help="At most this many documents a pack.")
+@click.option(
+    "--max-docs",
+    type=click.IntRange(min=1),
+    help="At most this many documents a pack; where that binds, --algo best needs far fewer packs than bfd.",
+)
 @click.option("--drop-last", is_flag=True, help="Leave out the one pack with the fewest tokens, unless it is full.")
 @click.option("--seed", default=0, show_default=True, help="Decides order and ties, nothing else.")
 @click.option(

@@ -6,6 +6,9 @@ is MBS' of Fleszar & Hindi, "New heuristics for one-dimensional bin-packing" (Co
 2002), after Gupta & Ho (1999), here on the histogram: a pattern is used as often as the counts allow, so there are
 about as many searches as distinct lengths, not as bins.
 
+Where the number of documents in a bin is limited, a bin that is full of long ones wastes places as one that is full of
+short ones wastes room: `place` is what an empty place counts beside the empty room.
+
 With `patient` a bin is closed only when it leaves at most a tolerance, which starts at nothing and doubles once no
 document is left that can begin such a bin: exact fits are taken while there is most choice.
 """
@@ -19,8 +22,9 @@ from prep.packing.patterns import Patterns
 MOST_LEVELS = 1 << 20
 
 
-def complete(h: Histogram, max_docs: int, *, leaves: int, patient: bool) -> Patterns:
-    """Packs the histogram (counts may be 0). leaves: fillings tried for one bin. Deterministic."""
+def complete(h: Histogram, max_docs: int, *, leaves: int, patient: bool, place: int = 0) -> Patterns:
+    """Packs the histogram (counts may be 0). leaves: fillings tried for one bin. place: room that each document counts
+    for which a bin could hold beyond its own, up to `max_docs`. Deterministic."""
     shift = max(0, h.capacity.bit_length() - MOST_LEVELS.bit_length() + 1)
     # table[room >> shift]: the first size that fits into some room of that level.
     top = (np.arange((h.capacity >> shift) + 1) << shift) + (1 << shift) - 1
@@ -30,15 +34,16 @@ def complete(h: Histogram, max_docs: int, *, leaves: int, patient: bool) -> Patt
         times, ptr = np.empty(rows, np.int64), np.zeros(rows + 1, np.int64)
         index, per_bin = np.empty(entries, np.int32), np.empty(entries, np.int32)
         used = _complete(
-            h.sizes, h.counts.copy(), h.capacity, max_docs, leaves, patient, table, shift, times, ptr, index, per_bin
-        )
+            h.sizes, h.counts.copy(), h.capacity, max_docs, leaves, patient, place, table, shift,
+            times, ptr, index, per_bin,
+        )  # fmt: skip
         if used >= 0:
             return Patterns(times[:used], ptr[: used + 1], index[: ptr[used]], per_bin[: ptr[used]])
         rows, entries = 4 * rows, 4 * entries
 
 
 @njit(cache=True, nogil=True)
-def _complete(sizes, left, capacity, max_docs, leaves, patient, table, shift, times, ptr, index, per_bin):
+def _complete(sizes, left, capacity, max_docs, leaves, patient, place, table, shift, times, ptr, index, per_bin):
     """Returns the rows used, or −1 when the pattern arrays are too small."""
     D = sizes.size
     after = np.arange(D + 1)  # union-find: the next size that is not used up
@@ -55,7 +60,7 @@ def _complete(sizes, left, capacity, max_docs, leaves, patient, table, shift, ti
     room = np.empty(deepest + 2, np.int64)
     held = np.zeros(D + 1, np.int64)
     rows = 0
-    tolerance = 0 if patient else capacity
+    tolerance = 0 if patient else capacity + place * max_docs
     while True:
         seed = _next(after, 0)
         if seed == D:
@@ -64,8 +69,9 @@ def _complete(sizes, left, capacity, max_docs, leaves, patient, table, shift, ti
             while left[last] == 0:
                 last -= 1
             depth, slack = _search(
-                sizes, left, after, table, shift, capacity, max_docs, leaves, seed, sizes[last], stack, best, room, held
-            )
+                sizes, left, after, table, shift, capacity, max_docs, leaves, place, seed, sizes[last],
+                stack, best, room, held,
+            )  # fmt: skip
             if slack > tolerance:
                 seed = _next(after, seed + 1)
                 continue
@@ -96,7 +102,7 @@ def _complete(sizes, left, capacity, max_docs, leaves, patient, table, shift, ti
 
 @njit(cache=True, nogil=True)
 def _search(
-    sizes, left, after, table, shift, capacity, max_docs, leaves, seed, smallest, stack, best, room, held
+    sizes, left, after, table, shift, capacity, max_docs, leaves, place, seed, smallest, stack, best, room, held
 ):  # fmt: skip
     """The fullest bin found that begins with `seed`: its sizes in best[:depth]. Returns (depth, room left)."""
     D = sizes.size
@@ -104,7 +110,7 @@ def _search(
     held[seed] = 1
     room[1] = capacity - sizes[seed]
     depth, from_size = 1, seed
-    best_depth, best_room = 0, capacity + 1
+    best_depth, least = 0, capacity + place * max_docs + 1
     while True:
         i = D
         if depth < max_docs and room[depth] >= smallest:
@@ -114,10 +120,11 @@ def _search(
         if i == D:
             # Nothing more fits: a leaf. Then back up to the last document that can be exchanged for a smaller one.
             leaves -= 1
-            if room[depth] < best_room:
-                best_depth, best_room = depth, room[depth]
+            slack = room[depth] + place * (max_docs - depth)
+            if slack < least:
+                best_depth, least = depth, slack
                 best[:depth] = stack[:depth]
-            if best_room == 0 or leaves <= 0:
+            if least == 0 or leaves <= 0:
                 break
             while i == D and depth > 1:
                 depth -= 1
@@ -134,7 +141,7 @@ def _search(
         from_size = i
     for d in range(depth):
         held[stack[d]] = 0
-    return best_depth, best_room
+    return best_depth, least
 
 
 @njit(cache=True, nogil=True, forceinline=True)

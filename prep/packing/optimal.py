@@ -4,9 +4,10 @@
 limits are counted work, so the result is the same on every machine; a time limit can only abort.
 """
 
+import itertools
 import time
 
-from prep.packing.best import best
+from prep.packing.best import best, places
 from prep.packing.completion import complete
 from prep.packing.lengths import Histogram
 from prep.packing.patterns import from_plan
@@ -22,9 +23,9 @@ def optimal(h: Histogram, max_docs: int, time_limit: float | None) -> tuple[Plan
     """(plan, certificate); never more bins than `best`. ValueError when `time_limit` seconds do not suffice."""
     deadline = None if time_limit is None else time.monotonic() + time_limit
     plan, bound = best(h, max_docs)
-    for patient in (True, False):
+    for place, patient in itertools.product(places(h, max_docs), (True, False)):
         if plan.num_bins > bound:
-            patterns = complete(h, max_docs, leaves=LEAVES, patient=patient)
+            patterns = complete(h, max_docs, leaves=LEAVES, patient=patient, place=place)
             plan = min(plan, patterns.plan(h), key=lambda p: p.num_bins)
     patterns, certificate = improve(h, max_docs, from_plan(plan), bound, LP_WORK, deadline)
     return patterns.plan(h), certificate

@@ -166,6 +166,22 @@ def test_ffd_misses_where_optimal_does_not():
     assert (pack(lengths, 200, "ffd").num_bins, pack(lengths, 200, "optimal").num_bins) == (11, 9)
 
 
+def test_limited_documents_fill_places_as_well_as_room():
+    """Where `max_docs` binds, filling by room alone wastes the places of bins that are full of long documents."""
+    assert pack([28, 12, 72, 2, 71, 29, 96, 4, 36, 17], 100, "best", max_docs=3).num_bins == 4
+    rng = np.random.default_rng(7)
+    for _ in range(400):
+        capacity, max_docs = int(rng.integers(5, 101)), int(rng.integers(2, 5))
+        lengths = rng.integers(1, max(2, capacity // 2 + 1), rng.integers(4, 10))
+        packing = pack(lengths, capacity, "best", max_docs=max_docs)
+        if packing.gap:
+            assert packing.num_bins == optimum(lengths.tolist(), capacity, max_docs), (lengths, capacity, max_docs)
+    many = np.random.default_rng(1).integers(1, 700, 20_000)
+    for max_docs, over_bfd in ((4, 0.99), (6, 0.88), (8, 0.92)):
+        by_room = pack(many, 2048, "bfd", max_docs=max_docs).num_bins
+        assert pack(many, 2048, "best", max_docs=max_docs).num_bins < over_bfd * by_room
+
+
 def test_certificate_of_thirds():
     lengths = np.random.default_rng(0).integers(256 // 5, 129, 20_000)
     packing = pack(lengths, 256, "optimal")
