@@ -1,6 +1,7 @@
 """The memory estimate of `prep plan` against the parameters of the trainer's models and tracked training steps."""
 
 import pytest
+from estimated_models import DENSE, MIXTURE
 
 from prep.inspect.memory import RECOMPUTE, Layout, memory, parameters
 
@@ -56,36 +57,6 @@ def test_parameters_are_those_of_the_trainers_model(family):
     with torch.device("meta"):
         model = Decoder(model_config(config))
     assert parameters(config) == sum(p.numel() for p in model.parameters())
-
-
-DENSE = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 2048,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-
-
-MIXTURE = DENSE | {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "head_dim": 16,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 96,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
 
 
 def tracked(config: dict, tokens: int, recompute: str, rows: int) -> int:

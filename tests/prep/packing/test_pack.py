@@ -1,4 +1,4 @@
-"""Every algorithm against slow textbook loops, and the promises that hold for all of them."""
+"""The promises that hold for all algorithms; what each of them is stands in test_textbook.py."""
 
 import tracemalloc
 from collections import Counter
@@ -8,55 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing_cases import check, instances, limits
 
 from prep.packing import ALGORITHMS, pack
 from prep.packing import bfd as bfd_module
-from prep.packing import completion as completion_module
-from prep.packing import ffd as ffd_module
 from prep.packing import lengths as lengths_module
-from prep.packing import level as level_module
 
 HISTOGRAM = ("ffd", "bfd", "level", "best", "optimal")  # planned on the histogram alone
-
-
-@st.composite
-def instances(draw, largest=100):
-    """(lengths, capacity): all sizes, or few distinct sizes in great numbers, or only small or only large ones."""
-    # Capacities of more than a word and of more than a word of words of the planner's bitmaps, but mostly small ones.
-    capacity = draw(st.one_of(st.integers(1, 60), st.integers(1, 60), st.integers(1, largest)))
-    kind = draw(st.sampled_from(["any", "few", "small", "large"]))
-    if kind == "few":
-        sizes = draw(st.lists(st.integers(1, capacity), min_size=1, max_size=4))
-        lengths = [s for s in sizes for _ in range(draw(st.integers(0, 40)))]
-        lengths = draw(st.permutations(lengths)) if len(lengths) < 50 else lengths
-    else:
-        low = capacity // 2 if kind == "large" else 1
-        high = max(low, capacity // 4) if kind == "small" else capacity
-        lengths = draw(st.lists(st.integers(max(1, low), max(1, high)), max_size=70))
-    return np.array(lengths, np.int32), capacity
-
-
-limits = st.one_of(st.none(), st.integers(1, 6))
-
-
-def aligned(lengths, align):
-    return -(-np.asarray(lengths, np.int64) // align) * align
-
-
-def check(packing, lengths, capacity, align=1, max_docs=None):
-    ids = packing.bin_ids
-    assert ids.dtype == np.int32
-    assert ids.shape == (len(lengths),)
-    load = Counter()
-    docs = Counter(ids.tolist())
-    for b, size in zip(ids.tolist(), aligned(lengths, align).tolist(), strict=True):
-        load[b] += size
-    assert set(load) == set(range(packing.num_bins))
-    assert all(v <= capacity for v in load.values())
-    assert max_docs is None or all(v <= max_docs for v in docs.values())
-    assert packing.lower_bound <= packing.num_bins
-    if len(lengths):
-        assert packing.fill == pytest.approx(int(np.sum(lengths)) / (packing.num_bins * capacity), abs=1e-12)
 
 
 def contents(packing, lengths):
@@ -65,145 +23,6 @@ def contents(packing, lengths):
     for b, size in zip(packing.bin_ids.tolist(), np.asarray(lengths).tolist(), strict=True):
         bins[b].append(size)
     return Counter(tuple(sorted(b)) for b in bins)
-
-
-# ---- textbook loops -------------------------------------------------------------------------------------------------
-
-
-def textbook(sizes, capacity, max_docs, order, choose):
-    """Documents in `order`, each into the bin that `choose` names among [(bin, room)] with room, else a new one."""
-    room, docs, ids = [], [], np.empty(len(sizes), np.int32)
-    for d in order:
-        able = [(b, r) for b, r in enumerate(room) if r >= sizes[d] and (max_docs is None or docs[b] < max_docs)]
-        b = choose(able, len(room))
-        if b is None:
-            b = len(room)
-            room.append(capacity)
-            docs.append(0)
-        room[b] -= sizes[d]
-        docs[b] += 1
-        ids[d] = b
-    return ids, len(room)
-
-
-def first(able, _):
-    return able[0][0] if able else None
-
-
-def fullest(able, _):
-    return min(able, key=lambda x: x[1])[0] if able else None
-
-
-def newest_only(able, bins):
-    return bins - 1 if able and able[-1][0] == bins - 1 else None
-
-
-def decreasing(sizes):
-    return np.argsort(-np.asarray(sizes), kind="stable")
-
-
-@given(instances(largest=10_000), limits, st.sampled_from([1, 2, 3, 8]))
-def test_ffd_is_the_textbook_loop(instance, max_docs, align):
-    lengths, capacity = instance
-    capacity *= align
-    lengths = np.maximum(1, lengths * align - np.arange(lengths.size, dtype=np.int32) % align)
-    sizes = aligned(lengths, align)
-    ids, bins = textbook(sizes, capacity, max_docs, decreasing(sizes), first)
-    packing = pack(lengths, capacity, "ffd", align=align, max_docs=max_docs)
-    np.testing.assert_array_equal(packing.bin_ids, ids)
-    assert packing.num_bins == bins
-
-
-@given(instances(), limits)
-def test_ffd_with_many_bins_to_a_leaf(instance, max_docs):
-    lengths, capacity = instance
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ffd_module, "MOST_LEAVES", 4)
-        packing = pack(lengths, capacity, "ffd", max_docs=max_docs)
-    ids, _ = textbook(lengths, capacity, max_docs, decreasing(lengths), first)
-    np.testing.assert_array_equal(packing.bin_ids, ids)
-
-
-@given(instances(largest=10_000))
-def test_bfd_has_the_bins_of_the_textbook_loop(instance):
-    lengths, capacity = instance
-    _, bins = textbook(lengths, capacity, None, decreasing(lengths), fullest)
-    assert pack(lengths, capacity, "bfd").num_bins == bins
-
-
-@given(instances(), limits)
-def test_bfd_and_completion_with_coarse_levels(instance, max_docs):
-    lengths, capacity = instance
-    fine = [pack(lengths, capacity, algo, max_docs=max_docs) for algo in ("bfd", "best")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bfd_module, "MOST_LEVELS", 4)
-        patch.setattr(completion_module, "MOST_LEVELS", 4)
-        for one, algo in zip(fine, ("bfd", "best"), strict=True):
-            coarse = pack(lengths, capacity, algo, max_docs=max_docs)
-            check(coarse, lengths, capacity, max_docs=max_docs)
-            if max_docs is None:
-                assert coarse.num_bins == one.num_bins
-
-
-@given(instances(), limits)
-def test_greedy_is_next_fit(instance, max_docs):
-    lengths, capacity = instance
-    ids, bins = textbook(lengths, capacity, max_docs, range(len(lengths)), newest_only)
-    packing = pack(lengths, capacity, "greedy", max_docs=max_docs)
-    np.testing.assert_array_equal(packing.bin_ids, ids)
-    assert packing.num_bins == bins
-
-
-@given(st.lists(st.integers(20, 60), max_size=400), limits)
-def test_ordered_is_best_fit_among_the_newest_bins(lengths, max_docs):
-    window = 64
-
-    def fullest_of_window(able, bins):
-        able = [(b, r) for b, r in able if b >= bins - window]
-        # Among equally full bins the window's slot decides.
-        return min(able, key=lambda x: (x[1], x[0] % window))[0] if able else None
-
-    ids, bins = textbook(lengths, 64, max_docs, range(len(lengths)), fullest_of_window)
-    packing = pack(lengths, 64, "ordered", max_docs=max_docs)
-    np.testing.assert_array_equal(packing.bin_ids, ids)
-    assert packing.num_bins == bins
-    newest = np.maximum.accumulate(ids) if len(ids) else ids
-    assert np.all(newest - ids < window)
-
-
-@pytest.mark.parametrize("capacity", [100, 1000, 10_000, 300_000])
-def test_first_and_best_fit_on_many_levels(capacity):
-    rng = np.random.default_rng(capacity)
-    for low, high in ((1, capacity), (capacity // 20, capacity // 2), (capacity // 5, capacity // 3)):
-        lengths = rng.integers(low, high + 1, 400).astype(np.int32)
-        ids, _ = textbook(lengths, capacity, None, decreasing(lengths), first)
-        np.testing.assert_array_equal(pack(lengths, capacity, "ffd").bin_ids, ids)
-        _, bins = textbook(lengths, capacity, None, decreasing(lengths), fullest)
-        assert pack(lengths, capacity, "bfd").num_bins == bins
-
-
-@given(instances(), limits, st.integers(1, 40))
-def test_level_places_long_documents_in_the_bin_of_least_cost(instance, max_docs, bins):
-    lengths, capacity = instance
-    h = lengths_module.Lengths(lengths, capacity, 1).histogram
-    room, held, ids = np.full(bins, capacity, np.int32), np.zeros(bins, np.int32), np.empty(lengths.size, np.int32)
-    found = level_module._by_cost(h.sizes, h.counts, max_docs or 1000, ids, room, held)
-    cost, left, docs, expected = [0] * bins, [capacity] * bins, [0] * bins, []
-    for size in sorted(lengths.tolist(), reverse=True):
-        able = [(cost[b], b) for b in range(bins) if left[b] >= size and docs[b] < (max_docs or 1000)]
-        if not able:
-            break
-        b = min(able)[1]
-        cost[b] += size * size
-        left[b] -= size
-        docs[b] += 1
-        expected.append(b)
-    assert found == (len(expected) == lengths.size)
-    if found:
-        assert ids.tolist() == expected
-
-
-# ---- promises of all algorithms -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
