@@ -145,7 +145,8 @@ def _floor_unit(out: str, source, unit) -> int:
 
 def strict_floor(path: Path, out: Path) -> None:
     """The same with prep's own reader and workers and orjson, and only the words: what prep cannot beat."""
-    from prep.encode.sources import as_sources, cut_units, find_inputs
+    from prep.encode.cuts import cut_units
+    from prep.encode.sources import as_sources, find_inputs
     from prep.engine.local import run_units
 
     out.mkdir()

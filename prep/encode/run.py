@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from prep.encode.builtin import BUILTIN, hash_template, load_template
+from prep.encode.cuts import cut_units
 from prep.encode.files import absolute, is_remote
 from prep.encode.identity import make_plan, refuse_difference
 from prep.encode.mix import check_shares, select
@@ -22,7 +23,6 @@ from prep.encode.sources import (
     Unit,
     as_sources,
     check_place,
-    cut_units,
     find_inputs,
     hash_of,
     stamp_of,

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from formats.dataset import PackedDataset
+from prep.encode.cuts import cut_units
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
-from prep.encode.sources import as_sources, cut_units, find_inputs, without_tokenizer
+from prep.encode.sources import as_sources, find_inputs, without_tokenizer
 from prep.encode.store import DocumentStore, read_store
 from prep.inspect.documents import read_slots
 from prep.inspect.facts import packed_folders
