@@ -186,10 +186,17 @@ def _header(rows, lines: "_CsvLines", unit: Unit) -> list[str]:
         raise ValueError(f"{unit.path}: the header is not readable as {unit.format} ({error})") from None
     if not lines.are_utf8:
         raise ValueError(f"{unit.path}: the header is not UTF-8")
-    for name in header:
-        if name and header.count(name) > 1:  # several without a name are what spreadsheets leave behind
-            raise ValueError(f"{unit.path}: two columns are called {name!r}; rename one")
+    _check_names(header, unit)
     return header
+
+
+def _check_names(names: list[str], unit: Unit) -> None:
+    """ValueError for two columns of one name: a record would have the last, and nobody would know."""
+    if len(set(names)) == len(names):
+        return
+    for name in names:
+        if name and names.count(name) > 1:  # several without a name are what spreadsheets leave behind
+            raise ValueError(f"{unit.path}: two columns are called {name!r}; rename one")
 
 
 class _CsvLines:
@@ -227,12 +234,17 @@ def _columnar(unit: Unit) -> Iterator[tuple[int, object]]:
     row = unit.first_row
     try:
         for batch in _batches(unit):
+            _check_names(batch.schema.names, unit)
             for start in range(0, batch.num_rows, _ROWS):
                 for record in _records(batch.slice(start, _ROWS)):
                     yield row, record
                     row += 1
-    except pa.ArrowException as error:
-        raise ValueError(f"{unit.path}, row {row + 1}: not readable as {unit.format} ({error})") from None
+    except (pa.ArrowException, OSError) as error:
+        # Arrow says OSError of damaged pages; those of the system have a number, those of an address name it.
+        if isinstance(error, files.AddressError) or getattr(error, "errno", None) is not None:
+            raise
+        # It reads ahead, to the end of the unit at most.
+        raise ValueError(f"{unit.path}, row {row + 1} or soon after: not readable as {unit.format} ({error})") from None
 
 
 def _records(batch: pa.RecordBatch) -> list[object]:

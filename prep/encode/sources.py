@@ -254,6 +254,11 @@ def _expand(path: str, spec: SourceSpec) -> tuple[list[_Entry], list[str]]:
         if kind is None:
             others.append(name)
             continue
+        if kind in ("parquet", "arrow") and _is_compressed(place):
+            raise ValueError(
+                f"{place}: is not read as {kind}, which is compressed within: decompress the file, or rename it if "
+                "only its name says that it is compressed"
+            )
         stamp = stamp_of(place)
         size, digest = hash_of(place) if files.is_remote(place) else (files.file_size(place), None)
         if kind == "json":
@@ -273,6 +278,11 @@ def _format(path: str) -> str | None:
     if suffix in files.COMPRESSIONS:
         suffix = os.path.splitext(base)[1]
     return _ENDINGS.get(suffix)
+
+
+def _is_compressed(path: str) -> bool:
+    """By its name."""
+    return files.bare(path).lower().endswith(files.COMPRESSIONS)
 
 
 def _is_array(path: str) -> bool:

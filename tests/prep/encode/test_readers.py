@@ -199,6 +199,38 @@ def test_damaged_files(tmp_path, byte_level):
         assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_that_nobody_could_read_right(kind, tmp_path, byte_level):
+    """Whatever lies beside them: what is left of a source must not pass for all of it."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", texts(3))
+    path = write_as(kind, folder, texts(3))
+    path.rename(folder / f"data.{kind}.gz")
+    with pytest.raises(ValueError, match=rf"data\.{kind}\.gz: is not read as {kind}, .* decompress the file"):
+        run(folder, tmp_path / "s", byte_level)
+    table = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(ValueError, match=rf"data\.{kind}: two columns are called 'text'; rename one"):
+        run(path, tmp_path / "s", byte_level)
+
+
+def test_a_damaged_page_is_an_error_that_names_its_place(tmp_path, byte_level):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(texts(500)), path, compression="zstd", row_group_size=100)
+    start = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start + 40 : start + 400] = bytes(360)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet, row 201 or soon after: not readable as parquet"):
+        run(path, tmp_path / "s", byte_level, unit_bytes=1000)
+    assert not (tmp_path / "s").exists()
+
+
 def rejects(store):
     return [json.loads(line) for line in (store.path / "rejects.jsonl").read_text().splitlines()]
 
