@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import orjson
 import tokenizers
 import xxhash
 
@@ -52,9 +53,13 @@ class TokenizerFolder:
     @cached_property
     def _content(self) -> dict:
         """tokenizer.json without its vocabulary (which `tokenizers` holds already, and more compactly)."""
-        content = json.loads(self.json_text)
-        content["model"] = {k: v for k, v in content["model"].items() if k not in ("vocab", "merges")}
-        return content
+        return self._parsed()[0]
+
+    def _parsed(self) -> tuple[dict, object]:
+        """(tokenizer.json without its vocabulary, that vocabulary as it stands there)."""
+        content = orjson.loads(self.json_text)
+        content["model"].pop("merges", None)
+        return content, content["model"].pop("vocab", None)
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -134,8 +139,10 @@ class TokenizerFolder:
 
     @contextmanager
     def vocabulary_at_hand(self) -> Iterator[None]:
-        """Inside, the vocabulary is asked for once: it is slow to get, and too large to keep."""
-        self.__dict__["_at_hand"] = self._vocabulary
+        """Inside, the vocabulary is read once: it is slow to get, and too large to keep."""
+        self.__dict__["_content"], vocabulary = self._parsed()
+        # Unigram's is a list of another kind.
+        self.__dict__["_at_hand"] = vocabulary if isinstance(vocabulary, dict) else self._vocabulary
         try:
             yield
         finally:
@@ -353,7 +360,7 @@ def release_memory() -> None:
 @functools.lru_cache(2)
 def _read_folder(path: Path, stamps: tuple) -> TokenizerFolder:
     """One instance a process as long as the files stay the same: loading takes seconds for large vocabularies."""
-    text = (path / "tokenizer.json").read_text(encoding="utf-8")
+    text = (path / "tokenizer.json").read_bytes().decode()
     config = _read_json(path / "tokenizer_config.json")
     named = {**_read_json(path / "special_tokens_map.json"), **config}
     special_tokens = {}
