@@ -6,7 +6,8 @@
 The position in the data is one integer, the packs consumed, valid only under the same data state. The learning rate and
 everything random are functions of the step, so no other state is kept and another world size resumes exactly. The flags
 of optimizer and schedule are those of the run that goes on; the mark keeps those it was trained under, so that a change
-can be told.
+can be told. It keeps what the model is too: names and shapes of tensors do not tell a model from one of fewer layers or
+of another rope_theta.
 """
 
 import dataclasses
@@ -34,10 +35,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from formats.shard import write_json
+from train.model.config import ModelConfig
 
 MARK = "complete.json"
 FOLDER = "checkpoints"
-VERSION = 2
+MEANS_NOTHING = ("initializer_range", "max_positions")
+VERSION = 3
 
 # Flat names (parameter.exp_avg) instead of nested ones survive a different split of the parameters over ranks.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -64,6 +67,16 @@ class Position:
     skipped: int = 0
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What complete.json says: where the run stands, the recipe (flag name → value) it was trained under, and the model
+    (`describe`)."""
+
+    position: Position
+    recipe: dict[str, Any]
+    model: dict[str, Any]
+
+
 def step_folder(out: Path, step: int) -> Path:
     return Path(out) / FOLDER / f"step-{step:08d}"
 
@@ -73,8 +86,8 @@ def whole_checkpoints(out: Path) -> list[Path]:
     return sorted(mark.parent for mark in (Path(out) / FOLDER).glob(f"step-*/{MARK}"))
 
 
-def read_mark(folder: Path) -> tuple[Position, dict[str, Any]]:
-    """The position that a complete checkpoint holds, and the recipe (flag name → value) it was trained under.
+def read_mark(folder: Path) -> Mark:
+    """The mark of a complete checkpoint.
 
     Raises: ValueError when the folder is no complete checkpoint or of another version.
     """
@@ -86,7 +99,7 @@ def read_mark(folder: Path) -> tuple[Position, dict[str, Any]]:
             data = value["data"]
             data = DataState(tuple(data["fingerprints"]), tuple(data["weights"]), data["seed"], data["batch_packs"])
             position = Position(value["step"], value["consumed"], data, value["skipped"])
-            recipe = dict(value["recipe"])
+            mark = Mark(position, dict(value["recipe"]), dict(value["model"]))
     except FileNotFoundError:
         raise ValueError(
             f"{folder}: no complete checkpoint (there is no {MARK}); name a folder step-… that has one"
@@ -97,13 +110,42 @@ def read_mark(folder: Path) -> tuple[Position, dict[str, Any]]:
         raise ValueError(
             f"{path}: checkpoint version {version}, this trainer reads {VERSION}; resume with the one that wrote it"
         )
-    return position, recipe
+    return mark
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two recipes, as `--weight-decay 0.01 → 0.3, …`; "" when nothing does."""
     names = [name for name in now if before.get(name) != now[name]]
     return ", ".join(f"--{name.replace('_', '-')} {before.get(name)} → {now[name]}" for name in names)
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """All that a model means, as JSON has it; not how its weights were drawn, nor how long its documents may be."""
+    fields = dataclasses.asdict(config)
+    return json.loads(json.dumps({name: fields[name] for name in fields if name not in MEANS_NOTHING}))
+
+
+def check_model(folder: Path, saved: dict[str, Any], config: ModelConfig, source: Path) -> None:
+    """Raise a ValueError that names the first field in which the model of a checkpoint and `config`, that of the folder
+    `source`, differ."""
+    if difference := _difference(saved, describe(config)):
+        raise ValueError(
+            f"{folder}: is the checkpoint of another model than {source}, whose {difference}; give --model the folder "
+            "of the model that was trained"
+        )
+
+
+def _difference(before: Any, now: Any, name: str = "") -> str:
+    """Where two values differ first, as "layers.3.window is 8 and was None"; "" where nowhere."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        pairs = [(f"{name}.{key}".lstrip("."), before[key], now[key]) for key in now]
+    elif isinstance(before, list) and isinstance(now, list):
+        if len(before) != len(now):
+            return f"{name} are {len(now)} and were {len(before)}"
+        pairs = [(f"{name}.{number}", *values) for number, values in enumerate(zip(before, now, strict=True))]
+    else:
+        return "" if before == now else f"{name} is {now} and was {before}"
+    return next((found for key, *values in pairs if (found := _difference(*values, key))), "")
 
 
 def check_data_state(folder: Path, saved: DataState, now: DataState) -> None:
@@ -134,10 +176,11 @@ class Checkpointer:
         keep: int,
         *,
         recipe: dict[str, Any] | None = None,
+        described: dict[str, Any] | None = None,
         background: bool = False,
     ):
         self._out, self._model, self._optimizer, self._keep = Path(out), model, optimizer, keep
-        self._recipe, self._background = recipe or {}, background
+        self._of_mark, self._background = {"recipe": recipe or {}, "model": described or {}}, background
         self._writing: tuple[Position, Future] | None = None
         # A group of its own: planning talks over gloo and must never meet the collectives of training.
         self._group = dist.new_group(backend="gloo")
@@ -186,7 +229,7 @@ class Checkpointer:
     def _complete(self, position: Position) -> None:
         if dist.get_rank() != 0:
             return
-        mark = {"version": VERSION, **dataclasses.asdict(position), "recipe": self._recipe}
+        mark = {"version": VERSION, **dataclasses.asdict(position), **self._of_mark}
         write_json(step_folder(self._out, position.step) / MARK, mark)
         for old in whole_checkpoints(self._out)[: -self._keep] if self._keep else []:
             (old / MARK).unlink()  # first the mark: a kill in between must not leave half a checkpoint that looks whole

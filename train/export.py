@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from train import hf, hf_write
-from train.checkpoint import read_mark, readable, whole_checkpoints
+from train.checkpoint import check_model, read_mark, readable, whole_checkpoints
 from train.model.decoder import Decoder
 from train.outdir import RUN_NAME
 
@@ -41,23 +41,17 @@ def export(
     something: what it is cannot be told from outside, and it may be the only copy of a model.
     """
     checkpoint = _find(path)
+    mark = read_mark(checkpoint)
     source = model or _model_of(checkpoint)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"--out {out} already holds something; name another folder, or remove it first")
     config = hf.read_config(source)
+    check_model(checkpoint, mark.model, config, source)
     with torch.device("meta"):
         described = Decoder(config).state_dict()
     reader = _Reader(checkpoint)
     with readable(checkpoint):
         stored = reader.read_metadata().state_dict_metadata
-    for name, tensor in described.items():
-        size = getattr(stored.get(f"model.{name}"), "size", None)
-        if size is None or size != tensor.shape:
-            there = "not there" if size is None else f"{tuple(size)} there"
-            raise ValueError(
-                f"{checkpoint}: {name} is {there} and {tuple(tensor.shape)} in the model of {source}; "
-                "name the model that was trained by --model"
-            )
 
     def read(name: str) -> Tensor:
         whole = torch.empty(described[name].shape, dtype=stored[f"model.{name}"].properties.dtype)
@@ -79,10 +73,8 @@ class _Reader(dcp.FileSystemReader):
 
 
 def _find(path: Path) -> Path:
-    if found := whole_checkpoints(path):
-        return found[-1]
-    read_mark(path)  # raises where it is no whole checkpoint either
-    return path
+    found = whole_checkpoints(path)
+    return found[-1] if found else path  # whether that is a whole checkpoint is read_mark's to say
 
 
 def _model_of(checkpoint: Path) -> Path:

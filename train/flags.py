@@ -7,6 +7,7 @@ Every leaf of the tree is a flag: the field `batch_packs` is `--batch-packs` on 
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -42,6 +43,9 @@ def check(config: Config) -> None:
     for name in REQUIRED:
         if not flat[name]:
             raise ValueError(f"--{name} is missing; give it on the command line or in the --config file")
+    for name, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, not {value}")
     for name in POSITIVE:
         if not flat[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, not {flat[name]}")
@@ -52,6 +56,8 @@ def check(config: Config) -> None:
         raise ValueError(f"--dp-shard must be at least 1, or -1 for all ranks left, not {config.layout.dp_shard}")
     if not (config.optim.beta1 < 1 and config.optim.beta2 < 1):
         raise ValueError(f"--beta1 and --beta2 must be below 1, not {config.optim.beta1} and {config.optim.beta2}")
+    if config.optim.min_lr_ratio > 1:
+        raise ValueError(f"--min-lr-ratio is a share of --lr, at most 1, not {config.optim.min_lr_ratio}")
     for name, of in MEANS_OF.items():
         is_on = flat[of] if isinstance(flat[of], bool) else flat[of] > 1
         if not is_on and flat[name] != leaves()[name][1].default:

@@ -28,7 +28,16 @@ from train import hf, hf_write
 from train.attention.choose import choose_backend
 from train.attention.probe import check_isolation
 from train.balance import move_biases, take_load
-from train.checkpoint import Checkpointer, DataState, Position, changes, check_data_state, read_mark
+from train.checkpoint import (
+    Checkpointer,
+    DataState,
+    Position,
+    changes,
+    check_data_state,
+    check_model,
+    describe,
+    read_mark,
+)
 from train.config import Config
 from train.cut import choose_cut
 from train.data import PackedLoader, Schedule, open_shards
@@ -91,9 +100,16 @@ def train(config: Config) -> None:
     position, recipe = Position(0, 0, data_state), dataclasses.asdict(config.optim) | {"steps": steps}
     changed = ""
     if checkpoint is not None:
-        position, before = read_mark(checkpoint)
+        mark = read_mark(checkpoint)
+        position = mark.position
+        check_model(checkpoint, mark.model, model_config, model_folder)
         check_data_state(checkpoint, position.data, data_state)
-        changed = changes(before, recipe)
+        if position.step > steps:
+            raise ValueError(
+                f"{checkpoint}: stands at step {position.step}, behind the {steps} that --steps and --epochs ask for; "
+                "give more, or write its weights with train/export.py"
+            )
+        changed = changes(mark.recipe, recipe)
 
     # The model: built without memory, parallelized, and only then given memory and values, so that no rank ever
     # holds more than its part.
@@ -124,7 +140,15 @@ def train(config: Config) -> None:
     elif checkpoint is None:
         hf.load_weights(model, model_folder, config.model.load)
     optimizer = build_optimizer(model, config.optim)
-    checkpointer = Checkpointer(out, model, optimizer, config.run.keep, recipe=recipe, background=config.run.async_save)
+    checkpointer = Checkpointer(
+        out,
+        model,
+        optimizer,
+        config.run.keep,
+        recipe=recipe,
+        described=describe(model_config),
+        background=config.run.async_save,
+    )
     if checkpoint is not None:
         checkpointer.load(checkpoint)
 

@@ -75,8 +75,9 @@ def open_trackers(config: Config, first_step: int) -> list[Tracker]:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The values of a metrics record that a curve can show; those of an evaluation under the name of its folder."""
-    before = f"{Path(record['eval_shards']).name}/" if "eval_shards" in record else ""
+    """The values of a metrics record that a curve can show; those of an evaluation under the whole path of its folder,
+    for several end in `eval`."""
+    before = f"{Path(record['eval_shards'])}/" if "eval_shards" in record else ""
     return {before + name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
 
 

@@ -19,15 +19,18 @@ from train.checkpoint import (
     MARK,
     Checkpointer,
     DataState,
+    Mark,
     Position,
     check_data_state,
+    check_model,
+    describe,
     read_mark,
     step_folder,
     whole_checkpoints,
 )
 from train.config import Config, Layout, Optim
 from train.mesh import build_mesh
-from train.model.config import LayerConfig, ModelConfig, Rope
+from train.model.config import LayerConfig, ModelConfig, MoeConfig, Rope
 from train.model.decoder import Decoder
 from train.optim import build_optimizer
 from train.parallel.apply import parallelize
@@ -110,7 +113,7 @@ def test_model_and_optimizer_are_bit_equal_on_another_mesh(saved_on_two, world, 
 def test_the_position_is_kept(saved_on_two):
     folder = whole_checkpoints(saved_on_two[0])[-1]
     assert folder == step_folder(saved_on_two[0], 7)
-    assert read_mark(folder) == (Position(7, 56, STATE), {})
+    assert read_mark(folder) == Mark(Position(7, 56, STATE), {}, {})
 
 
 def load_with_other_options(out):
@@ -144,7 +147,7 @@ def save_before_a_step(out):
 def test_a_checkpoint_of_a_run_that_skipped_every_step_counts_none(tmp_path):
     for steps in run_ranks(save_before_a_step, 2, tmp_path):
         assert set(steps) == {0.0}
-    assert read_mark(step_folder(tmp_path, 2))[0].skipped == 2
+    assert read_mark(step_folder(tmp_path, 2)).position.skipped == 2
 
 
 def fail_in_the_write(out, background, kill):
@@ -271,6 +274,26 @@ def test_a_resume_under_another_data_state_says_what_differs(change, says):
         check_data_state(Path("c"), STATE, dataclasses.replace(STATE, **change))
     assert says in str(error.value)
     check_data_state(Path("c"), STATE, dataclasses.replace(STATE))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_heads": 4}, "whose num_heads is 4 and was 2; give --model the folder"),
+        ({"layers": tiny().layers[:1]}, "whose layers are 1 and were 2"),
+        ({"layers": (tiny().layers[0], LayerConfig(8, None))}, "whose layers.1.window is 8 and was None"),
+        ({"moe": MoeConfig(4, 2, 8)}, "whose moe is {'num_experts': 4"),
+        ({"max_positions": 99, "initializer_range": 0.5}, None),
+    ],
+)
+def test_the_checkpoint_of_a_model_that_means_something_else_is_refused(change, says):
+    """Names and shapes of tensors would all be there."""
+    saved, now = json.loads(json.dumps(describe(tiny()))), dataclasses.replace(tiny(), **change)
+    if says is None:
+        return check_model(Path("c"), saved, now, Path("m"))
+    with pytest.raises(ValueError, match="c: is the checkpoint of another model than m") as error:
+        check_model(Path("c"), saved, now, Path("m"))
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
         "compile_backend": "eager",
         "lr": "0.5",
         "beta1": "0.5",
+        "min_lr_ratio": "0.5",
     }
     values |= dict.fromkeys(("cp", "tp", "pp", "ep", "beta2", "weight_decay"), "1") | {"beta2": "0.25"}
     default = flatten(Config())[name]
@@ -99,7 +100,9 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
         ([*NEEDED, "--batch-packs", "0"], "--batch-packs must be greater than 0, not 0"),
         ([*NEEDED, "--batch-packs", "2.5"], "--batch-packs takes one int, not '2.5'"),
         ([*NEEDED, "--lr", "fast"], "--lr takes one float"),
-        ([*NEEDED, "--lr", "nan"], "--lr must be greater than 0"),
+        ([*NEEDED, "--lr", "nan"], "--lr must be a finite number, not nan"),
+        ([*NEEDED, "--max-grad-norm", "inf"], "--max-grad-norm must be a finite number, not inf"),
+        ([*NEEDED, "--min-lr-ratio", "5"], "--min-lr-ratio is a share of --lr, at most 1, not 5.0"),
         ([*NEEDED, "--warmup-steps", "-1"], "--warmup-steps must not be negative"),
         ([*NEEDED, "--beta2", "1"], "must be below 1"),
         ([*NEEDED, "--dtype", "float16"], "--dtype must be one of auto, float32, bfloat16, not 'float16'"),

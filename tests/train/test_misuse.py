@@ -1,8 +1,10 @@
 """What is wrong is said in one sentence, and nothing is changed."""
 
 import itertools
+import json
 import os
 import resource
+import shutil
 
 import pytest
 from whole_runs import cli, run, spoil, steps_of
@@ -55,12 +57,20 @@ def test_what_is_wrong_is_said_in_one_sentence(case, says, flags, tmp_path):
         ({"seed": 4}, "seed was 3 and is now 4"),
         ({"batch_packs": 5}, "batch_packs was 4 and is now 5"),
         ({"shards": "eval"}, "the shards are not the ones of the checkpoint"),
+        ({"model": "other"}, "whose norm_eps is 0.001 and was 1e-06; give --model the folder of the model that was tr"),
+        ({"steps": 2}, "stands at step 3, behind the 2 that --steps and --epochs ask for; give more, or"),
         ({"resume": "never"}, "already holds a run; go on with it by --resume auto"),
     ],
 )
-def test_a_resume_that_does_not_fit_says_what_differs_and_changes_nothing(changes, says, flags, finished, data):
+def test_a_resume_that_does_not_fit_says_what_differs_and_changes_nothing(
+    changes, says, flags, finished, data, tmp_path
+):
     if "shards" in changes:
         changes = {"shards": data / "eval"}
+    if "model" in changes:
+        changes = {"model": shutil.copytree(flags.args[1], tmp_path / "other")}
+        config = json.loads((tmp_path / "other" / "config.json").read_text())
+        (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     before = [(finished / name).read_bytes() for name in ("metrics.jsonl", "run.json")]
     argv = flags(**{"resume": "auto", **changes})
     ((code, said),) = run_ranks(cli, 1, argv, process_group=False)

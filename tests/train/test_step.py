@@ -53,7 +53,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_counted(layout, fl
     assert [line["grad_norm"] is None for line in lines] == [False, False, False, True, False, False]
     assert "2 of 6 steps were skipped: loss or gradient was not finite" in said
     assert "  skipped 2" in said, "in the line of a step, too"
-    assert read_mark(step_folder(tmp_path / "out", 3))[0].skipped == 1, "a resumed run counts on"
+    assert read_mark(step_folder(tmp_path / "out", 3)).position.skipped == 1, "a resumed run counts on"
 
 
 def biases_of_steps(argv):

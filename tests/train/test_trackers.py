@@ -73,4 +73,5 @@ def test_no_flag_no_tracker(tmp_path):
 
 def test_evaluations_on_several_folders_are_curves_of_their_own():
     assert numbers({"step": 3, "loss": 2.0, "mfu": None}) == {"loss": 2.0}
-    assert numbers({"step": 3, "eval_shards": "packed/a", "eval_loss": 2.0}) == {"a/eval_loss": 2.0}
+    for folder in ("a/eval", "b/eval"):
+        assert numbers({"step": 3, "eval_shards": folder, "eval_loss": 2.0}) == {f"{folder}/eval_loss": 2.0}
