@@ -6,7 +6,7 @@ import numpy as np
 
 from prep.encode.builtin import hash_template, load_template
 from prep.encode.mix import check_shares, select
-from prep.encode.sources import SourceSpec, as_sources
+from prep.encode.sources import SHARES, SourceSpec, as_sources
 from prep.encode.store import DocumentStore, read_store, source_ranges
 from prep.ledger import Ledger
 
@@ -45,8 +45,7 @@ def remix(store: DocumentStore, mix: Sequence[SourceSpec]) -> DocumentStore:
 
 def shares(mix: Sequence[SourceSpec]) -> list[dict]:
     """What of `mix` decides the documents, JSON-compatible."""
-    names = ("name", "weight", "repeat", "limit_tokens", "max_epochs")
-    return [{name: getattr(spec, name) for name in names} for spec in mix]
+    return [{name: getattr(spec, name) for name in ("name", *SHARES)} for spec in mix]
 
 
 def hashes_as_read(store: DocumentStore, names: Sequence[str]) -> np.ndarray:

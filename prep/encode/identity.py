@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from prep.encode.options import EncodeOptions
-from prep.encode.sources import InputFile, SourceSpec
+from prep.encode.sources import SHARES, InputFile, SourceSpec
 from prep.encode.store import STORE_VERSION
 
 _PACKAGES = ("jinja2", "numpy", "orjson", "pyarrow", "tokenizers", "xxhash")
@@ -28,6 +28,13 @@ def make_plan(facts: dict, sources: Sequence[SourceSpec], files: Sequence[InputF
         **facts,
         "packages": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def of_units(plan: dict) -> dict:
+    """What of a plan the units depend on: which of their documents are used is decided when all are there."""
+    options = {name: value for name, value in plan["options"].items() if name != "dedup"}
+    options["sources"] = [{k: v for k, v in source.items() if k not in SHARES} for source in options["sources"]]
+    return {**plan, "options": options}
 
 
 def _source_identity(source: SourceSpec, template: str) -> dict:

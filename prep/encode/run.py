@@ -13,7 +13,7 @@ import numpy as np
 from prep.encode.builtin import BUILTIN, hash_template, load_template
 from prep.encode.cuts import cut_units
 from prep.encode.files import absolute, is_remote
-from prep.encode.identity import make_plan, refuse_difference
+from prep.encode.identity import make_plan, of_units, refuse_difference
 from prep.encode.mix import check_shares, select
 from prep.encode.options import EncodeOptions
 from prep.encode.preload import begin_fast
@@ -128,7 +128,7 @@ def _write_store_once(
         if (finished := storage.read_json(STORE_NAME)) is not None:
             refuse_difference(storage.name, check_version(storage.name, finished), plan)
             return finished
-        fresh = _claim(storage, plan, resume or unit_range is not None) and unit_range is None
+        fresh = _claim(storage, of_units(plan), resume or unit_range is not None) and unit_range is None
         run = pool.run if runner == "local" else _on_ray(ray_address)
         # Workers of this machine leave the syncs to this process, which has time to wait for the disk.
         job = Job(str(place), options, tuple(sources), plan["engine"], sync=runner != "local")
@@ -161,6 +161,10 @@ class KeptError(ValueError):
 
 class TooManyErrorsError(KeptError):
     """More bad records than allowed; the store keeps the list of them."""
+
+
+class UnmetSharesError(KeptError):
+    """No such mix can be made of the documents that are there; of what is encoded another can."""
 
 
 class WrittenAnewError(KeptError):
@@ -250,7 +254,7 @@ def _finish(
         reasons = ", ".join(f"{count['documents']} {reason}" for reason, count in sorted(dropped.items()))
         raise ValueError(f"no document is left to store ({reasons or 'the inputs are empty'}); check the inputs")
     _collect_rejects(storage, results)
-    refuse_difference(storage.name, storage.read_json(PLAN_NAME) or {}, plan)
+    refuse_difference(storage.name, storage.read_json(PLAN_NAME) or {}, of_units(plan))
     storage.write_json(LEDGER_NAME, content["ledger"])
     storage.write_json(STORE_NAME, content)
     return content
@@ -264,7 +268,12 @@ def _select(storage, content: dict, sources: Sequence[SourceSpec], ledger: Ledge
     with storage.local(content) as folder:
         whole = DocumentStore(folder, content)
         bounds = [(first, last) for _, first, last in content["sources"]]
-        chosen = select(whole, bounds, sources, ledger, dedup=dedup)
+        try:
+            chosen = select(whole, bounds, sources, ledger, dedup=dedup)
+        except ValueError as error:
+            raise UnmetSharesError(
+                f"{error}; what is encoded is kept in {storage.name}: go on with --resume and other shares"
+            ) from None
         rows = np.concatenate(chosen)
         targets = int(whole.target_tokens[rows].sum(dtype=np.int64))
     ledger.check()

@@ -12,6 +12,8 @@ from prep.encode.made import raw_files
 
 FORMATS = ("jsonl", "json", "parquet", "arrow", "csv", "tsv", "text", "hf")
 TEXT_BY = ("line", "paragraph", "document")
+SHARES = ("weight", "repeat", "limit_tokens", "max_epochs")
+"""Fields of a source that say how much of it is used."""
 _ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -63,7 +65,7 @@ class SourceSpec:
     @property
     def has_share(self) -> bool:
         """Whether anything but all of it, once, may be used."""
-        return (self.weight, self.repeat, self.limit_tokens, self.max_epochs) != (None, None, None, None)
+        return any(getattr(self, name) is not None for name in SHARES)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The document store: token ids and target masks of all documents, unpadded, in input order.
 
-    STORE/plan.json           what is to be done: inputs, options, tokenizer, versions
+    STORE/plan.json           what the units are made of: inputs, options, tokenizer, versions
     STORE/units/00000.arrow   one work unit: input_ids list<int32>, loss_mask list<uint8>, doc_hash uint64
     STORE/units/00000.json    written after it: rows, checksum, ledger. A unit without one is not done
     STORE/rows.arrow          only where documents are left out or repeated: the stored row of each document, int64

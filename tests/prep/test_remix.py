@@ -117,7 +117,7 @@ def test_shares_that_a_store_cannot_give_are_refused(raw, tokenizer, tmp_path):
 
 
 def test_a_mix_may_name_the_template_that_a_store_was_encoded_with(raw, tokenizer, tmp_path):
-    sources = [{"name": "a", "template": "chatml"}, {"name": "b", "template": "llama3"}]
+    sources = [{"name": "a", "template": "chatml"}, {"name": "b", "template": "plain"}]
     store = encode(raw, sources, tmp_path / "store", tokenizer)
     rows = remix(DocumentStore.open(store), read_mix(str(mix_file(tmp_path, sources, paths=False)), encoded=True))
     assert len(rows) == 150

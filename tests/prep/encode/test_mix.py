@@ -1,8 +1,10 @@
 """Sources with weights, repeats and limits."""
 
+import json
+
 import numpy as np
 import pytest
-from encoding_runs import chats, run, texts, write_jsonl
+from encoding_runs import chats, digest, run, texts, write_jsonl
 
 from prep.encode.mix import select
 from prep.encode.mix_file import read_mix
@@ -79,6 +81,44 @@ def test_a_mix_counts_templates_and_limits_as_its_paths_do(tmp_path, byte_level,
     assert abs(int(store.lengths[first:last].sum()) - 500) <= int(store.lengths.max())
 
 
+def test_shares_that_cannot_be_met_cost_no_unit(tmp_path, byte_level):
+    """Weights, limits and duplicates are for the end: whoever mends them goes on with all units."""
+    records = texts(40)
+    path = write_jsonl(tmp_path / "a.jsonl", [*records, *records[:9]])
+
+    def mix(limit):
+        return [SourceSpec("a", (str(path),), limit_tokens=limit)]
+
+    given = {"unit_bytes": 500}
+    with pytest.raises(ValueError, match=r"share of 1 tokens is too small .* kept in .* go on with --resume and other"):
+        run(mix(1), tmp_path / "s", byte_level, **given)
+    stamps = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s" / "units").iterdir()}
+    assert len(stamps) > 8
+    with pytest.raises(ValueError, match="unfinished store of the same input; go on with --resume"):
+        run(mix(300), tmp_path / "s", byte_level, **given)
+    run(mix(300), tmp_path / "s", byte_level, resume=True, dedup="exact", **given)
+    run(mix(300), tmp_path / "whole", byte_level, dedup="exact", **given)
+    assert digest(tmp_path / "s") == digest(tmp_path / "whole")
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s" / "units").iterdir()} == stamps
+    for other in ({"dedup": "none"}, {"dedup": "exact", "limit": 400}):
+        with pytest.raises(ValueError, match=r"other options\.(dedup|sources)"):  # finished, it is what it is
+            run(mix(other.pop("limit", 300)), tmp_path / "s", byte_level, **other, **given)
+
+
+def test_a_part_of_a_source_is_no_prefix_of_it_and_keeps_its_order(tmp_path, byte_level):
+    path = (str(write_jsonl(tmp_path / "a.jsonl", chats(80))),)
+    whole = run([SourceSpec("a", path)], tmp_path / "whole", byte_level)
+    half = run([SourceSpec("a", path, repeat=0.5)], tmp_path / "half", byte_level)
+    assert np.all(np.diff(half.rows) > 0)
+    assert not np.array_equal(half.rows, np.arange(len(half)))
+    targets = json.loads((tmp_path / "half" / "store.json").read_text())["target_tokens"]
+    assert targets == sum(int(mask.sum()) for _, mask in documents_of(half)) < whole.target_tokens.sum()
+
+
+def documents_of(store):
+    return [store.document(k) for k in range(len(store))]
+
+
 def test_a_limit_holds_with_weights_too(tmp_path, byte_level):
     a = (str(write_jsonl(tmp_path / "a.jsonl", texts(200))),)
     specs = [SourceSpec("a", a, weight=1, limit_tokens=300), SourceSpec("b", a, weight=2)]
@@ -86,6 +126,9 @@ def test_a_limit_holds_with_weights_too(tmp_path, byte_level):
     tokens = {name: int(store.lengths[first:last].sum()) for name, first, last in store.info.sources}
     assert abs(tokens["a"] - 300) <= store.lengths.max()
     assert abs(tokens["b"] - 600) <= store.lengths.max()
+    beyond = [SourceSpec("a", a, weight=1, limit_tokens=10**9), SourceSpec("b", a, weight=0.1)]
+    account = run(beyond, tmp_path / "t", byte_level).ledger.to_json()["sources"]
+    assert [account[name]["repeated"]["documents"] for name in "ab"] == [0, 0], "a limit beyond a source is no repeat"
 
 
 def test_equal_hashes_are_looked_into(tmp_path, byte_level, monkeypatch):
