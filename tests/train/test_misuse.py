@@ -58,7 +58,7 @@ def test_what_is_wrong_is_said_in_one_sentence(case, says, flags, tmp_path):
         ({"batch_packs": 5}, "batch_packs was 4 and is now 5"),
         ({"shards": "eval"}, "the shards are not the ones of the checkpoint"),
         ({"model": "other"}, "whose norm_eps is 0.001 and was 1e-06; give --model the folder of the model that was tr"),
-        ({"steps": 2}, "stands at step 3, behind the 2 that --steps and --epochs ask for; give more, or"),
+        ({"steps": 2}, "stands at step 6, behind the 2 that --steps and --epochs ask for; give more, or"),
         ({"resume": "never"}, "already holds a run; go on with it by --resume auto"),
     ],
 )
