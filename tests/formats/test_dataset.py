@@ -13,7 +13,7 @@ import pytest
 
 from formats.dataset import PackedDataset, SeqIdPack, ThdPack
 from formats.layout import seqid_to_thd
-from formats.manifest import read_manifest
+from formats.manifest import fingerprint, read_manifest
 from formats.schema import METADATA_KEY
 from formats.shard import FileEntry, Shard, atomic_write, file_digest
 from make_shards import make_shards, random_packs
@@ -178,6 +178,16 @@ def test_a_missing_manifest_means_unfinished(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"unfinished.*prep pack --resume"):
         PackedDataset(folder)
+
+
+def test_the_fingerprint_is_of_all_that_decides_the_rows():
+    digests = np.arange(5, dtype=np.uint64)
+    facts = {"kind": "thd", "capacity": 64, "align": 4}
+    found = {fingerprint(digests, **facts), fingerprint(digests[::-1], **facts), fingerprint(digests[:4], **facts)}
+    for change in ({"kind": "seqid"}, {"capacity": 128}, {"align": 8}, {"capacity": 6, "align": 44}):
+        found.add(fingerprint(digests, **{**facts, **change}))
+    assert len(found) == 7
+    assert fingerprint(digests.copy(), **facts) in found
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -153,6 +153,35 @@ def test_drop_last_stands_in_the_ledger(source, tokenizer, tmp_path):
     assert account["read"]["tokens"] == totals["tokens"] + account["dropped"]["last_pack"]["tokens"]
 
 
+@pytest.mark.parametrize("more", [("--overlong", "split"), ("--algo", "split"), ("--overlong", "truncate")])
+def test_drop_last_of_documents_in_pieces_stands_in_the_ledger(tokenizer, tmp_path, more):
+    """The pack that is left out holds the end of a document, whose other pieces stay, and one that is all there."""
+    lengths = (99, 63, 230, 10, 5) if more[0] == "--algo" else (63, 230, 63, 10)  # and the end of each text
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "x" * n} for n in lengths])
+    arguments = ["--tokenizer", tokenizer, "--seq-len", 64, "--drop-last", "--no-page", "--quiet", *more]
+    assert run("pack", source, "--out", tmp_path / "out", *arguments).exit_code == 0
+    dataset = PackedDataset(tmp_path / "out")
+    pieces = [(dataset[n].doc_ids.tolist(), dataset[n].seq_lens.tolist()) for n in range(len(dataset))]
+    kept = {}
+    for docs, sizes in pieces:
+        for doc, size in zip(docs, sizes, strict=True):
+            kept[doc] = kept.get(doc, 0) + size
+    account = json.loads((tmp_path / "out" / "ledger.json").read_text())["total"]
+    whole = {doc: length + 1 for doc, length in enumerate(lengths)}
+    assert account["kept"] == {"documents": len(kept), "tokens": sum(kept.values())}
+    assert account["dropped"].get("last_pack", {"documents": 0, "tokens": 0}) == {
+        "documents": len(whole) - len(kept),
+        "tokens": sum(length for doc, length in whole.items() if doc not in kept),
+    }
+    lost = {r: account["truncated"].get(r, {"tokens": 0})["tokens"] for r in ("overlong", "last_pack")}
+    cut = sum(whole[doc] - kept[doc] for doc in kept)
+    overlong = max(0, 231 - 64) if more[1] == "truncate" else 0
+    assert lost == {"overlong": overlong, "last_pack": cut - overlong}
+    assert account["dropped"]["last_pack"]["documents"] > 0
+    assert (lost["last_pack"] > 0) == (more[1] == "split")
+    assert run("verify", tmp_path / "out", "--deep").exit_code == 0
+
+
 def test_optimal_prints_its_bound_and_gap(source, tokenizer, tmp_path):
     packed(source, tmp_path / "a", tokenizer)
     result = run("pack", tmp_path / "a.store", "--out", tmp_path / "b", "--seq-len", 256, "--algo", "optimal")
