@@ -157,3 +157,9 @@ def test_cost_order_puts_packs_of_like_cost_in_blocks():
     assert plan.block == min(64, plan.num_packs // 16)
     spread = [np.ptp(c[: len(c) // plan.block * plan.block].reshape(-1, plan.block), axis=1).mean() for c in cost]
     assert spread[0] < spread[1] / 3
+
+
+@pytest.mark.parametrize("algo", ["bfd", "split"])
+def test_drop_last_leaves_a_full_pack(algo):
+    plan = make_plan(np.full(3, 8, np.int32), np.arange(3), PackOptions(8, algo, drop_last=True))
+    assert (plan.num_packs, plan.lower_bound, plan.last_pack.tolist()) == (3, 3, [])

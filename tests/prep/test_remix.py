@@ -116,6 +116,19 @@ def test_shares_that_a_store_cannot_give_are_refused(raw, tokenizer, tmp_path):
             remix(DocumentStore.open(store), mix)
 
 
+def test_a_ledger_that_does_not_fit_its_units_is_named(raw, tokenizer, tmp_path):
+    store = encode(raw, MIXES["all"], tmp_path / "store", tokenizer)
+    content = json.loads((store / "store.json").read_text())
+    content["ledger"]["sources"]["a"]["kept"]["documents"] -= 1
+    (store / "store.json").write_text(json.dumps(content))
+    for more in (["--mix", mix_file(tmp_path, [{"name": "a"}], paths=False)], ["--eval-source", "a"]):
+        result = run("pack", store, "--out", tmp_path / "out", "--seq-len", 256, *more)
+        assert result.output.endswith(
+            f"Error: {store}: its ledger does not fit its units; remove the store and encode again\n"
+        )
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_mix_may_name_the_template_that_a_store_was_encoded_with(raw, tokenizer, tmp_path):
     sources = [{"name": "a", "template": "chatml"}, {"name": "b", "template": "plain"}]
     store = encode(raw, sources, tmp_path / "store", tokenizer)

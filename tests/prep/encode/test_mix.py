@@ -44,6 +44,9 @@ def test_a_mix_from_yaml(tmp_path, byte_level):
     assert store.info.sources == (("first", 0, 4), ("second", 4, 6))
     for text, reason in (
         ("sources: []", "a list under"),
+        ("sources: [5]", "source 1 must be an object with a name"),
+        ("sources: [{paths: a}]", "source 1 must be an object with a name"),
+        ("sources: [{name: x, paths: a}, {name: 5, paths: a}]", "source 2 must be an object with a name"),
         ("sources: [{name: x}]", "no paths"),
         ("sources: [{name: x, pats: y}]", "unknown field pats"),
         ("sources: [{name: x, paths: a, columns: [text]}]", r"source x: columns is \['text'\]; expected names"),
@@ -139,6 +142,18 @@ def test_equal_hashes_are_looked_into(tmp_path, byte_level, monkeypatch):
     ledger.keep("a", len(store), int(store.lengths.sum()))
     (rows,) = select(store, [(0, len(store))], [SourceSpec("a", ())], ledger, dedup=True)
     assert set(rows.tolist()) >= set(range(6)), "no document that differs from all others goes"
+
+
+@pytest.mark.parametrize("share", ["weight", "repeat", "limit_tokens"])
+def test_a_share_of_nothing_is_refused(share, tmp_path, byte_level):
+    full = write_jsonl(tmp_path / "a.jsonl", texts(3))
+    (tmp_path / "b.jsonl").touch()
+    copies = write_jsonl(tmp_path / "c.jsonl", texts(3))
+    for path, options in ((tmp_path / "b.jsonl", {}), (copies, {"dedup": "exact"})):
+        specs = [SourceSpec("a", (str(full),), **{share: 1}), SourceSpec("b", (str(path),), **{share: 1})]
+        with pytest.raises(ValueError, match="source b: no document is left of it; check its files or take it out"):
+            run(specs, tmp_path / "s", byte_level, **options)
+        assert not (tmp_path / "s").exists()
 
 
 def test_shares_that_cannot_be_are_refused_before_any_work(tmp_path, byte_level):

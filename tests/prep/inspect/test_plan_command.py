@@ -76,6 +76,10 @@ def test_training(root):
         parts = {name: size for name, size in t["memory_gib"].items() if name != "total"}
         assert t["memory_gib"]["total"] == pytest.approx(sum(parts.values()))
         assert any("optimizer steps an epoch" in w for w in t["warnings"])
+    aligned = json.loads(
+        run("plan", root / "out", "--seq-len", 256, "--algo", "bfd", "--cp", 32, "--gpus", 32, "--json").output
+    )
+    assert any("slot padding: documents are short for it" in w for w in aligned["training"][0]["warnings"])
     shown = run("plan", root / "out", *arguments).output
     assert "steps an epoch" in shown
     assert "warning" in shown
