@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from click.testing import CliRunner
 from encoding_runs import documents, run, texts, write_jsonl
 
 from prep.cli import main
+from prep.encode.sources import as_sources, find_inputs
 from prep.encode.store import DocumentStore
 
 
@@ -147,6 +149,17 @@ def test_the_cut_into_units_changes_no_document(unit_bytes, tmp_path, byte_level
     path = write_jsonl(tmp_path / "a.jsonl", texts(12, longest=6))
     whole = documents(run(path, tmp_path / "whole", byte_level))
     assert documents(run(path, tmp_path / "cut", byte_level, unit_bytes=unit_bytes)) == whole
+
+
+def test_a_file_is_hashed_when_the_hash_is_asked_for_and_must_be_as_it_was_found(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}])
+    (found,), _ = find_inputs(as_sources([path]))
+    assert found.to_json()["xxh3_128"] == xxhash.xxh3_128(path.read_bytes()).hexdigest()
+    (found,), _ = find_inputs(as_sources([path]))
+    with open(path, "a") as file:
+        file.write('{"text": "two"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl: changed while it was read"):
+        found.to_json()
 
 
 def test_refusals_before_any_work(tmp_path, byte_level):
