@@ -196,7 +196,7 @@ class ChatTemplate:
         text = self.render(plain, tools)
         if not text.isascii() and _ANY_MARK.search(text):
             raise ValueError("the chat holds private-use characters U+10FF00–U+10FF03, which mark words here")
-        marker = _Marker(self.tags, cut_at_tags, control)
+        marker = _Marker(self.tags, cut_at_tags, join_lists and not cut_at_tags, control)
         chat = [marker.message(i, message) for i, message in enumerate(messages)]
         chat = [_joined(message) for message in chat] if join_lists else chat
         marked_tools = None if tools is None else marker.aside(tools, -1)
@@ -217,7 +217,7 @@ class ChatTemplate:
         marked = _read_marks(self._render(chat, None, False, mark=True))
         if marked is None:
             raise TemplateMismatchError("the chat template tears the words of a chat apart")
-        origins = [Origin(k, "content", 0, True, FRAME_WORD) for k in range(len(roles))]
+        origins = [Origin(k, "content", 0, True, FRAME_WORD, 0) for k in range(len(roles))]
         return MarkedChat(marked.text, marked.words, marked.generations, origins)
 
 
@@ -235,10 +235,11 @@ class Origin(NamedTuple):
     part: int
     """Index in a content list; 0 for a plain content."""
     leads: bool
-    """Nothing of the same content stands before it: no tag, and no reasoning whose opening tag is left to the template
-    (`plan</think>answer`)."""
+    """Nothing of the same content stands before it: no tag, nor one that is left to the template (`plan</think>`)."""
     text: str
     """The word as the record has it."""
+    space: int
+    """Characters of white space before it, which the template may strip."""
 
 
 class MarkedChat(NamedTuple):
@@ -262,9 +263,10 @@ class MarkedChat(NamedTuple):
 class _Marker:
     """Copies messages with marks around their words."""
 
-    def __init__(self, tags: re.Pattern | None, cut: bool, control: re.Pattern | None):
+    def __init__(self, tags: re.Pattern | None, cut: bool, join: bool, control: re.Pattern | None):
         self._tags = tags
         self._cut = cut
+        self._join = join
         self._control = control
         self.origins: list[Origin] = []
 
@@ -274,7 +276,11 @@ class _Marker:
         if isinstance(content, str):
             marked["content"] = self._text(content, index, "content", 0)
         elif isinstance(content, list):
-            marked["content"] = [self._part(part, index, k) for k, part in enumerate(content)]
+            solid = [k for k, part in enumerate(content) if _text_of(part).strip()] if self._join else []
+            # No template strips white space inside the one text that it is given.
+            first, last = min(solid, default=0), max(solid, default=0)
+            inner = [(first < k <= last, first <= k < last) for k in range(len(content))]
+            marked["content"] = [self._part(part, index, k, inner[k]) for k, part in enumerate(content)]
         # All names of the reasoning carry the same marks: a template reads one of them.
         reasoning = next((message[name] for name in _REASONING if isinstance(message.get(name), str)), None)
         if reasoning is not None:
@@ -284,10 +290,9 @@ class _Marker:
             marked["tool_calls"] = self._leaves(calls, index, "tool_calls")
         return marked
 
-    def _part(self, part, index, k):
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            return {**self.aside(part, index), "text": self._text(part["text"], index, "content", k)}
-        return self._text(part, index, "content", k) if isinstance(part, str) else part
+    def _part(self, part, index, k, inner):
+        text = self._text(_text_of(part), index, "content", k, inner)
+        return text if isinstance(part, str) else {**self.aside(part, index), "text": text}
 
     def _leaves(self, value, index: int, field: str):
         """Marks every string inside lists and objects; `type` and `id`, which templates compare, and keys, which they
@@ -315,7 +320,8 @@ class _Marker:
             return {self.aside(k, index): self.aside(v, index) for k, v in value.items()}
         return value
 
-    def _text(self, text: str, index: int, field: str, part: int) -> str:
+    def _text(self, text: str, index: int, field: str, part: int, inner: tuple[bool, bool] = (False, False)) -> str:
+        """`inner`: the white space before it, and behind it, is a part of the word."""
         pieces = self._tags.split(text) if self._tags and self._cut else [text]
         out = []
         first = self._tags.search(text) if self._tags else None
@@ -324,12 +330,16 @@ class _Marker:
             is_tag = position % 2 == 1 and not (self._control and self._control.search(piece))
             # White space stays outside, so that a template may strip it; an empty word has nothing to mark.
             before, core, after = _EDGES.fullmatch(piece).groups()
+            if inner[0]:
+                before, core = "", before + core
+            if inner[1]:
+                core, after = core + after, ""
             if is_tag or not core:
                 out.append(piece)
                 leads = leads and not is_tag
                 continue
             number = len(self.origins)
-            self.origins.append(Origin(index, field, part, leads, core))
+            self.origins.append(Origin(index, field, part, leads, core, len(before)))
             out.append(f"{before}{_WORD}{number};{core}{_WORD_END}{number};{after}")
             leads = False
         return "".join(out)
@@ -372,7 +382,12 @@ def _joined(message: dict) -> dict:
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    return {**message, "content": "".join(part if isinstance(part, str) else part["text"] for part in content)}
+    return {**message, "content": "".join(map(_text_of, content))}
+
+
+def _text_of(part: str | Mapping) -> str:
+    """The text of a part of a content list."""
+    return part if isinstance(part, str) else part["text"]
 
 
 def _with_reasoning(messages: Sequence[dict]) -> list[dict]:

@@ -10,7 +10,8 @@ non-thinking model carries, so it is not.
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ class _Words(NamedTuple):
     """-1 where words of other messages stand between them."""
     opens: bool
     """They begin with reasoning or a tool call, whose opening is the model's own."""
+    space: int
+    """White space before the first, see `Origin`."""
     pieces: list[tuple[int, int, int]]
     """(part of the content, start, end)."""
 
@@ -65,7 +68,7 @@ def trained_spans(
     words = _words(chat)
     trained = _trained_messages(messages, policy)
     ending = _ending(trained, words if not template.has_generation else range(len(messages)), policy)
-    located = _Located(chat, words, turns)
+    located = _Located(chat, words, turns, lambda: template.render_frame([message["role"] for message in messages]))
     facts = _left_out(chat, words)
     if policy.train_on == "all":
         spans = _all_but(located, len(messages), trained, ending)
@@ -77,7 +80,7 @@ def trained_spans(
         known = {*ROLES, *policy.roles}
         unknown = (i for i, message in enumerate(messages) if message["role"] not in known)
         facts["turns_of_unknown_roles"] = sum(i not in trained for i in unknown)
-    spans = _apply_part_flags(spans, words, messages, trained, policy)
+    spans = _apply_part_flags(spans, located, messages, trained, policy)
     return Trained(spans, {name: count for name, count in facts.items() if count})
 
 
@@ -118,7 +121,7 @@ def _words(chat: MarkedChat) -> dict[int, _Words]:
             part = origin.part if origin.field == "content" else -1
             if origin.message not in found:
                 opens = origin.field != "content" or not origin.leads
-                found[origin.message] = _Words(start, end, opens, [(part, start, end)])
+                found[origin.message] = _Words(start, end, opens, origin.space, [(part, start, end)])
             else:
                 words = found[origin.message]
                 words.pieces.append((part, start, end))
@@ -132,8 +135,11 @@ def _words(chat: MarkedChat) -> dict[int, _Words]:
 class _Located:
     """Where the turns of a chat stand in its rendering."""
 
-    def __init__(self, chat: MarkedChat, words: Mapping[int, _Words], turns: TurnMarks):
+    def __init__(
+        self, chat: MarkedChat, words: Mapping[int, _Words], turns: TurnMarks, frame: Callable[[], MarkedChat]
+    ):
         self.chat, self.words, self.turns = chat, words, turns
+        self._frame = frame
         order = sorted((found.start, message) for message, found in words.items())
         self._limits = {message: start for (_, message), (start, _) in pairwise(order)}
         self._floors = {message: max(begin, words[before].end) for (begin, before), (_, message) in pairwise(order)}
@@ -145,7 +151,7 @@ class _Located:
         Raises:
             ValueError: the words of the message are scattered.
         """
-        start, end, opens, _ = self.words[message]
+        start, end, opens, space, _ = self.words[message]
         if end < 0:
             raise ValueError(
                 f"the chat template scatters the words of message {message + 1}, so they cannot be located; "
@@ -153,15 +159,26 @@ class _Located:
             )
         turns = self.turns
         header = self.frame.rfind(turns.header, self._floors.get(message, 0), start) if turns.header else -1
-        if header >= 0:
-            opening = self.frame[header + len(turns.header) : start]
-            opening = opening[len(next(filter(opening.startswith, turns.scaffolds), "")) :]
-            # White space between header and words is the words' own, which the template kept.
-            if opens or opening.isspace() or opening.startswith(turns.openings):
-                start -= len(opening)
-        return start, *self._end_of_turn(message, end)
+        opening = self.frame[header + len(turns.header) : start] if header >= 0 else ""
+        opening = opening[len(next(filter(opening.startswith, turns.scaffolds), "")) :]
+        # White space between header and words is the words' own, which the template kept.
+        if opening and (opens or opening.isspace() or opening.startswith(turns.openings)):
+            start -= len(opening)
+        elif space:
+            own = _space_before(self.chat.text, start) - self._usual_space.get(message, start)
+            start -= own if 0 < own <= space else 0
+        return start, *self.end_of_turn(message, end)
 
-    def _end_of_turn(self, message: int, end: int) -> tuple[int, int]:
+    @cached_property
+    def _usual_space(self) -> dict[int, int]:
+        """White space that the template writes before each message's words itself, where these have none."""
+        try:
+            frame = self._frame()
+        except ValueError:  # it refuses such a chat
+            return {}
+        return {message: _space_before(frame.text, start) for message, start, _ in frame.words}
+
+    def end_of_turn(self, message: int, end: int) -> tuple[int, int]:
         """(where the end of turn begins, where it ends) after words that end at `end`.
 
         It follows at once, or after the closing of a tool call, and before the next message. Without one, both are
@@ -181,6 +198,13 @@ class _Located:
             return end, end
         position, candidate = min(found)
         return position, position + len(candidate)
+
+
+def _space_before(text: str, at: int) -> int:
+    size = 0
+    while at - size > 0 and text[at - size - 1].isspace():
+        size += 1
+    return size
 
 
 def _without_words(chat: MarkedChat) -> str:
@@ -295,22 +319,26 @@ def _left_out(chat: MarkedChat, words: Collection[int]) -> Counter:
     return facts
 
 
-def _apply_part_flags(spans, words, messages, trained, policy):
-    """Flags on the parts of a content list: what lies between two parts belongs to the earlier one."""
+def _apply_part_flags(spans, located: _Located, messages, trained, policy):
+    """Flags on the parts of a content list: what lies between two parts belongs to the earlier one, and what lies
+    between the last and the end of turn to that."""
     holes, extra = [], []
-    for message, found in words.items():
+    for message, found in located.words.items():
         content = messages[message].get("content")
         if not isinstance(content, list):
             continue
         for k, (part, start, end) in enumerate(found.pieces):
             flag = _flag(content[part]) if part >= 0 and isinstance(content[part], dict) else None
+            is_last = k + 1 == len(found.pieces)
             if flag is False and message in trained:
                 first = start
                 if k == 0 and policy.train_on != "all":
                     first = min(start, *(s for s, e in spans if s <= start < e), start)
-                holes.append((first, found.pieces[k + 1][1] if k + 1 < len(found.pieces) else end))
+                stop = located.end_of_turn(message, end)[0] if is_last else found.pieces[k + 1][1]
+                holes.append((first, stop))
             elif flag is True:
-                extra.append((start, end))
+                first = located.turn(message)[0] if k == 0 else start
+                extra.append((first, located.end_of_turn(message, end)[0] if is_last else end))
     if not holes and not extra:
         return spans
     return merge_spans([*subtract_spans(spans, holes), *extra])

@@ -202,6 +202,12 @@ def test_a_tool_call_without_a_content_is_one_with_an_empty_content_to_qwen(npm_
         read({"messages": [{"role": "user", "content": None}, model("a")]})
 
 
+def test_white_space_before_an_answer_to_a_tool_is_the_answers_to_deepseek(npm_tokenizer):
+    messages = [user("u"), {"role": "tool", "content": "t"}, model("\n\nSunny")]
+    rendering = reader(read_tokenizer(npm_tokenizer("deepseek_v3"))).read({"messages": messages})
+    assert trained_texts(rendering) == ["\n\nSunny" + ENDS["deepseek_v3"]]
+
+
 def test_a_user_turn_that_deepseek_does_not_end_takes_no_end_of_an_empty_answer(npm_tokenizer):
     tokenizer = read_tokenizer(npm_tokenizer("deepseek_v3"))
     messages = [user("a|b"), model("\x1c"), user("x"), model("y")]

@@ -81,7 +81,51 @@ def test_all_trains_all_but_what_flags_and_ends_leave_out(byte_level, template, 
 def test_all_minds_the_flags_of_parts(byte_level):
     record = {"messages": [user("u"), model([part("one ", train=False), part("two"), part(" three", weight=0)])]}
     rendering = reader(byte_level, train_on="all").read(record)
-    assert "".join(trained(rendering)) == rendering.text.replace("one ", "").replace("three", "")
+    assert "".join(trained(rendering)) == rendering.text.replace("one ", "").replace(" three", "")
+
+
+OFF, ON = {"train": False}, {"train": True}
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([part("A ", **OFF), part(" B")], [" B" + END]),
+        ([part(" A"), part("B\n\n", **OFF)], [" A", END]),
+        ([part("A"), part(" ", **OFF), part("C")], ["A", "C" + END]),
+        ([part(" "), part("B\t "), part(" \n"), part(" C ", **OFF)], [" B\t  \n", END]),
+    ],
+)
+def test_flags_of_parts_hold_for_their_white_space_too(byte_level, parts, expected):
+    assert trained(reader(byte_level).read({"messages": [user("u"), model(parts)]})) == expected
+    # The same from the other side: everything but these.
+    flags = [{**p, "train": not p.get("train", True)} for p in parts]
+    record = {"messages": [user(flags), model("a")]}
+    assert trained(reader(byte_level).read(record)) == [*(p["text"] for p in parts if "train" in p), "a" + END]
+
+
+def test_white_space_at_the_edges_of_a_list_may_be_stripped(byte_level):
+    parts = [part("\n"), part(" A ", **OFF), part(" "), part(" B\n"), part(" ")]
+    source = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    assert trained(reader(byte_level, template=source).read({"messages": [user("u"), model(parts)]})) == ["  B" + END]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(
+    ("strip", "kept"), [("", " \n  def f()"), (" | trim", "def f()"), (".lstrip(' ')", "\n  def f()")]
+)
+def test_white_space_before_words_is_theirs_where_the_template_keeps_it(byte_level, strip, kept, direct):
+    """Not only behind the header of a generation prompt."""
+    source = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + STRIPPED + '<|im_end|>\n' }}{% endfor %}"
+    source += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    read = reader(byte_level, template=source.replace("STRIPPED", f"(m.content{strip})"), roles=("user", "tool")).read
+    for role in ("user", "tool"):
+        between = [model("a"), {"role": role, "content": "g"}, model(" ")]  # an empty turn has a header, too
+        messages = [{"role": role, "content": " \n  def f() "}, *between, {"role": role, "content": "  h"}]
+        tools = {} if direct else {"tools": [{"type": "function"}]}
+        rendering = read({"messages": messages, **tools})
+        last = "h" if strip else "  h"
+        assert trained(rendering) == [kept + ("" if "trim" in strip else " ") + END, "g" + END, last + END]
 
 
 def test_all_trains_prompts_too_and_segments_as_they_say(byte_level):
