@@ -51,7 +51,7 @@ from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.model.probe import check_experts
 from train.optim import build_optimizer, learning_rate
-from train.outdir import claim, find_start
+from train.outdir import RunFolder
 from train.parallel.apply import parallelize
 from train.parallel.pipeline import Pipeline
 from train.precision import compute_dtype
@@ -96,7 +96,8 @@ def train(config: Config) -> None:
         check_packages(config)
 
     # Where this run begins: at 0, or at a checkpoint that fits.
-    checkpoint = find_start(config)
+    run_folder = RunFolder(config)
+    checkpoint = run_folder.find_start()
     position, recipe = Position(0, 0, data_state), dataclasses.asdict(config.optim) | {"steps": steps}
     changed = ""
     if checkpoint is not None:
@@ -153,7 +154,7 @@ def train(config: Config) -> None:
         checkpointer.load(checkpoint)
 
     flops, peak = StepFlops(Path(config.model.model)), peak_flops(config.run.peak_tflops, device, dtype)
-    claim(config)
+    run_folder.claim()
     metrics = Metrics(out, steps, position.step, open_trackers(config, position.step) if first else [], enabled=first)
     metrics.say(
         f"{dist.get_world_size()} ranks on {device.type}: {mesh}; "

@@ -6,13 +6,14 @@ import pytest
 
 from train.checkpoint import MARK, step_folder
 from train.config import build
-from train.outdir import RUN_NAME, _claim, _find_start
+from train.outdir import RUN_NAME, RunFolder
 
 
 def claim(out, resume="never"):
     config = build({"out": str(out), "resume": str(resume)})
-    start = _find_start(config)
-    _claim(config)
+    folder = RunFolder(config)
+    start = folder._find_start()
+    folder._claim()
     return start
 
 
