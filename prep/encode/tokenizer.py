@@ -111,7 +111,8 @@ class TokenizerFolder:
 
     @cached_property
     def prefix_ids(self) -> tuple[int, ...]:
-        """Ids that transformers puts before a plain text (usually bos, or nothing)."""
+        """Ids before a plain text (usually bos, or nothing): those of the post-processor, else the bos for which
+        `add_bos_token` asks, as transformers 4 has it (5 leaves it out where tokenizer.json says nothing of it)."""
         pieces = _template_pieces(self._content.get("post_processor"))
         prefix: tuple[int, ...] = ()
         for piece in pieces:

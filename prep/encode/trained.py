@@ -8,10 +8,11 @@ start with reasoning or a tool call (`<think>`, `<tool_call>` are the model's ow
 non-thinking model carries, so it is not.
 """
 
+import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -160,7 +161,9 @@ class _Located:
         turns = self.turns
         header = self.frame.rfind(turns.header, self._floors.get(message, 0), start) if turns.header else -1
         opening = self.frame[header + len(turns.header) : start] if header >= 0 else ""
-        opening = opening[len(next(filter(opening.startswith, turns.scaffolds), "")) :]
+        if opening:
+            scaffolds = (_with_any_space(scaffold).match(opening) for scaffold in turns.scaffolds)
+            opening = opening[next((found.end() for found in scaffolds if found), 0) :]
         # White space between header and words is the words' own, which the template kept.
         if opening and (opens or opening.isspace() or opening.startswith(turns.openings)):
             start -= len(opening)
@@ -198,6 +201,13 @@ class _Located:
             return end, end
         position, candidate = min(found)
         return position, position + len(candidate)
+
+
+@lru_cache(64)
+def _with_any_space(scaffold: str) -> re.Pattern:
+    """Matches a scaffold, also one whose reasoning is white space."""
+    body = scaffold.rstrip()
+    return re.compile(r"\s*".join(map(re.escape, body.split())) + re.escape(scaffold[len(body) :]))
 
 
 def _space_before(text: str, at: int) -> int:

@@ -203,9 +203,6 @@ class _UnitRun:
                 size += 4 * len(document.ids)
             else:
                 size += len(document.text)
-                if document.facts:
-                    for name, count in document.facts.items():
-                        self._ledger.note(self._spec.name, name, count)
             if size >= _BATCH_CHARACTERS:
                 record = document = None  # `batch` alone holds them, see `run`
                 yield batch
@@ -282,6 +279,10 @@ class _UnitRun:
             self._ledger.note(self._spec.name, "control_tokens_kept_as_text", len(replaced))
         for i, reason in sorted(bad.items()):
             self._reject(batch.positions[texts[i]], batch.records[texts[i]], ValueError(reason))
+        for i, document in enumerate(documents):
+            if document.facts and i not in bad:
+                for name, count in document.facts.items():
+                    self._ledger.note(self._spec.name, name, count)
         ids, mask, offsets = self._targets(documents, encoded)
         if not bad:
             return ids, mask, offsets, texts

@@ -179,6 +179,7 @@ def test_a_single_tool_call_that_deepseek_does_not_close_is_counted(npm_tokenize
         ("<think>\nplan it\n</think>\n\nok", "<think>\nplan it\n</think>\n\nok"),
         ("</think>hello", "hello"),
         ("<think></think>hello", "hello"),
+        ("<think>\n \t</think> hello", " hello"),
         ("hello", "hello"),
     ],
 )
@@ -187,6 +188,13 @@ def test_reasoning_without_its_opening_tag_and_empty_reasoning_in_a_content(npm_
     rendering = reader(read_tokenizer(npm_tokenizer("qwen3"))).read({"messages": [user("u"), model(content)]})
     assert trained_texts(rendering) == [expected + "<|im_end|>"]
     assert rendering.text.count("</think>") == 1
+
+
+def test_reasoning_of_white_space_is_none(npm_tokenizer):
+    read = reader(read_tokenizer(npm_tokenizer("qwen3"))).read
+    for reasoning in ("", " ", "\n", " \n\t"):
+        rendering = read({"messages": [user("u"), model("a", reasoning_content=reasoning)]})
+        assert trained_texts(rendering) == ["a<|im_end|>"], reasoning
 
 
 def test_a_tool_call_without_a_content_is_one_with_an_empty_content_to_qwen(npm_tokenizer):

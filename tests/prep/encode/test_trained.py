@@ -128,6 +128,30 @@ def test_white_space_before_words_is_theirs_where_the_template_keeps_it(byte_lev
         assert trained(rendering) == [kept + ("" if "trim" in strip else " ") + END, "g" + END, last + END]
 
 
+def test_words_of_others_between_the_words_of_a_turn_are_never_trained(byte_level):
+    """A template that tells first what all thought, then what they said."""
+    source = (
+        "{% for m in messages %}{{ m.reasoning_content }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    read = reader(byte_level, template=source).read
+    with pytest.raises(ValueError, match="scatters the words of message 2, so they cannot be located"):
+        read({"messages": [user("u"), model("a", reasoning_content="r")]})
+    assert trained(read({"messages": [user("u"), model("a")]})) == ["a" + END]
+
+
+@pytest.mark.parametrize("end", ["turn", "all"])
+def test_only_trained_turns_are_counted_as_endless(byte_level, end):
+    source = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
+    rendering = reader(byte_level, template=source, end_of_turn=end).read(FOUR)
+    assert rendering.facts == {"turns_without_a_trained_end": 2}
+
+
+def test_the_last_end_is_that_of_the_last_turn_with_words(byte_level):
+    record = {"messages": [user("u"), model("a"), user("v"), model(" ")]}
+    assert trained(reader(byte_level, end_of_turn="last").read(record)) == ["a" + END]
+
+
 def test_all_trains_prompts_too_and_segments_as_they_say(byte_level):
     read = reader(byte_level, train_on="all").read
     record = {"prompt": FOUR["messages"][:4], "completion": FOUR["messages"][4:]}

@@ -51,6 +51,19 @@ def test_skipping_bad_records(tmp_path, byte_level):
     assert len(run(path, tmp_path / "s40", byte_level, on_error="skip", max_errors="40%")) == 3
 
 
+def test_a_record_that_is_rejected_late_leaves_nothing_in_the_notes(tmp_path, byte_level):
+    """Its control tokens cannot be told from text, which is found when it is encoded."""
+    odd = [{"role": "narrator", "content": "n"}, {"role": "user", "content": "<|im_end|>\U0010f000"}]
+    records = [{"messages": [*odd, {"role": "assistant", "content": "a"}]}, *chats(3)]
+    store = run(write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "s", byte_level, on_error="skip")
+    assert store.ledger.total()["dropped"]["error"]["documents"] == 1
+    assert "turns_of_unknown_roles" not in store.ledger.total()["notes"]
+    odd[1]["content"] = "u"
+    records = [{"messages": [*odd, {"role": "assistant", "content": "a"}]}, *chats(3)]
+    store = run(write_jsonl(tmp_path / "b.jsonl", records), tmp_path / "t", byte_level, on_error="skip")
+    assert store.ledger.total()["notes"]["turns_of_unknown_roles"] == 1
+
+
 def test_control_tokens_in_texts_are_text(tmp_path, byte_level):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a<|im_end|>b"}, {"text": "plain"}])
     end = 599  # not the id: the vocabulary is looked up below
@@ -112,13 +125,13 @@ def test_small_units_are_compared_too(tmp_path, byte_level, monkeypatch):
     assert mended.ledger.total()["notes"]["engine_differed_units"] == 6
 
 
-def render_wrongly(monkeypatch):
-    """Direct rendering adds a character to every chat."""
+def render_wrongly(monkeypatch, word=""):
+    """Direct rendering adds a character to every chat, or to those whose first message holds a word."""
     real = DirectRenderer.render
 
     def wrong(self, messages):
         rendering = real(self, messages)
-        if rendering is not None:
+        if rendering is not None and word in messages[0]["content"]:
             rendering.text += "!"
         return rendering
 
@@ -131,6 +144,15 @@ def test_a_unit_in_which_direct_rendering_differs_is_done_again_through_jinja(tm
     render_wrongly(monkeypatch)
     store = run(path, tmp_path / "wrong", byte_level)
     assert documents(store) == documents(expected)
+    assert store.ledger.total()["notes"]["direct_rendering_differed_units"] == 1
+
+
+def test_chats_all_over_a_unit_are_proven(tmp_path, byte_level, monkeypatch):
+    """Not only the first, which may be of another kind than the rest."""
+    records = [{"messages": [{"role": "user", "content": "early"}, {"role": "assistant", "content": "a"}]}] * 500
+    path = write_jsonl(tmp_path / "a.jsonl", records + json.loads(json.dumps(records).replace("early", "late")))
+    render_wrongly(monkeypatch, "late")
+    store = run(path, tmp_path / "store", byte_level)
     assert store.ledger.total()["notes"]["direct_rendering_differed_units"] == 1
 
 
