@@ -162,13 +162,15 @@ class ChatRenderer:
         join_lists, chat = not self.turns.takes_lists, None
         # What stands between the marks of a word shall be that word: where a template cuts it at a tag and writes
         # something of its own there, each piece is marked by itself.
-        for cut in (False, True) if self._template.tags else (False,):
+        tags = self._template.tags
+        for cut in (False, True) if tags else (False,):
             try:
                 chat = self._template.render_marked(messages, tools, self._control, join_lists, cut_at_tags=cut)
             except TemplateMismatchError as error:
                 mismatch = error
                 continue
-            if not any(origin.field in ("content", "reasoning") for origin, _ in chat.changed()):
+            words = (origin.text for origin, _ in chat.changed() if origin.field in ("content", "reasoning"))
+            if tags is None or not any(map(tags.search, words)):
                 break
         if chat is None:
             raise mismatch
