@@ -233,7 +233,7 @@ class Checkpointer:
         write_json(step_folder(self._out, position.step) / MARK, mark)
         for old in whole_checkpoints(self._out)[: -self._keep] if self._keep else []:
             (old / MARK).unlink()  # first the mark: a kill in between must not leave half a checkpoint that looks whole
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what a reader on NFS holds stays, and counts for nothing
 
     def load(self, folder: Path) -> None:
         """Fill model and optimizer in place from a complete checkpoint, whatever mesh wrote it. Weight decay, betas and

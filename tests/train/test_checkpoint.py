@@ -1,6 +1,7 @@
 """Checkpoints: bit-equal on any mesh, whole or not there, and the data state that a position belongs to."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -233,6 +234,26 @@ def test_only_the_newest_are_kept(tmp_path, keep, left):
     run_ranks(save_three, 1, tmp_path, keep)
     assert whole_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in left]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in left]
+
+
+def save_three_where_files_stay(out):
+    """Nothing is removed but one file of tensors: as a kill leaves it, or NFS while somebody reads."""
+
+    def rmtree(folder, ignore_errors=False):
+        if folder.exists():
+            next(folder.glob("*.distcp")).unlink()
+            if not ignore_errors:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    shutil.rmtree = rmtree
+    save_three(out, 1)
+
+
+def test_an_old_checkpoint_loses_its_mark_before_its_tensors_and_never_costs_the_new_one(tmp_path):
+    run_ranks(save_three_where_files_stay, 1, tmp_path)
+    assert whole_checkpoints(tmp_path) == [step_folder(tmp_path, 6)]
+    assert len(list(step_folder(tmp_path, 6).glob("*.distcp"))) == 1
+    assert step_folder(tmp_path, 2).exists()
 
 
 def test_a_checkpoint_without_its_mark_is_not_there_and_is_overwritten(saved_on_two, tmp_path):
