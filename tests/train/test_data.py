@@ -298,6 +298,10 @@ def test_a_model_with_too_few_embeddings_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the model has 59 token embeddings, but .* a vocabulary of 60"):
         open_shards(folder, 59)
     assert len(open_shards(folder, 60)) == 2
+    beyond = make_shards(tmp_path / "added", rows, capacity=64, vocab_size=60, largest_id=60)  # an added token
+    with pytest.raises(ValueError, match=r"the model has 60 token embeddings, but .* a vocabulary of 61"):
+        open_shards(beyond, 60)
+    assert len(open_shards(beyond, 61)) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_models import write_tiny_model
+from whole_runs import arguments, read_metrics, run
 
 from formats.cost import Model
 from make_shards import make_shards, random_packs
+from ranks import run_ranks
 from train import hf
 from train.data import PackedLoader, Schedule, open_shards
 from train.flops import StepFlops, peak_flops
@@ -81,6 +84,19 @@ def test_a_steps_flops_count_every_visible_pair_once(dp_size, tmp_path):
         assert flops.of(facts[0], pairs) == 3 * (linear + 4 * 4 * 12 * 4 * visible)
     for loader in loaders:
         loader.close()
+
+
+def test_what_a_run_on_two_ranks_logs_counts_the_pairs_of_both(tmp_path):
+    folder, out = write_tiny_model(tmp_path / "model", "mistral", vocab_size=320), tmp_path / "out"
+    rows = random_packs(np.random.default_rng(0), 4, 160, 4, 320)
+    make_shards(tmp_path / "train", rows, capacity=160, align=4, order="input")
+    run_ranks(run, 2, arguments(tmp_path, folder, out, steps=1))
+    (line,) = read_metrics(out)
+    lengths = [int(n) for row in rows for n in row[2]]
+    visible = sum(min(query + 1, 7) for n in lengths for query in range(n))
+    linear = 2 * sum(lengths) * (2 * (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 81) + 320 * 48)
+    flops = 3 * (linear + 4 * 4 * 12 * 2 * visible)
+    assert line["flops_per_second_per_device"] * line["step_seconds"] * 2 == pytest.approx(flops)
 
 
 def test_without_windows_the_index_is_enough(tmp_path):

@@ -11,6 +11,7 @@ def lines(*records):
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+START = {"step": 0, "eval_loss": 3.5}
 ONE, TWO, EVAL, THREE = {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "eval_loss": 2.6}, {"step": 3}
 
 
@@ -36,8 +37,8 @@ def test_a_line_that_a_kill_left_unfinished_goes_too(tmp_path, torn):
 
 def test_a_resumed_run_writes_behind_its_checkpoint_and_a_new_one_from_the_start(tmp_path):
     path = tmp_path / METRICS_NAME
-    path.write_text(lines(ONE, TWO, EVAL, THREE))
-    for first, left in ((2, lines(ONE, TWO, EVAL)), (0, "")):
+    path.write_text(lines(START, ONE, TWO, EVAL, THREE))
+    for first, left in ((2, lines(START, ONE, TWO, EVAL)), (0, "")):
         Metrics(tmp_path, 9, first, enabled=False)
         before = path.read_text()
         Metrics(tmp_path, 9, first, enabled=True).close()

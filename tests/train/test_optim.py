@@ -6,12 +6,16 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
+from tiny_models import SIZES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ranks import run_ranks
+from train import hf
 from train.config import Optim
+from train.model.decoder import Decoder
 from train.optim import build_optimizer, clip_gradients, learning_rate
 
 
@@ -40,6 +44,18 @@ def test_only_matrices_decay():
         "1.weight": 0.0,
         "1.bias": 0.0,
     }
+
+
+def test_the_stacked_biases_of_experts_do_not_decay(tmp_path):
+    transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=12).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = Decoder(hf.read_config(tmp_path))
+    stacked = [name for name, p in model.named_parameters() if name.endswith("bias") and p.ndim == 2]
+    assert len(stacked) == 2 * 3, "of gate, up and down of two layers"
+    optimizer = build_optimizer(model, Optim(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if name.endswith(("bias", "norm.weight", "sinks")) else 0.3), name
 
 
 def test_clipping_without_ranks_equals_torch():
