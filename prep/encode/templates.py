@@ -324,7 +324,7 @@ class _Marker:
         """`inner`: the white space before it, and behind it, is a part of the word."""
         pieces = self._tags.split(text) if self._tags and self._cut else [text]
         out = []
-        first = self._tags.search(text) if self._tags else None
+        first = self._tags.search(text) if self._tags and "</" in text else None
         leads = first is None or not first.group().startswith("</")
         for position, piece in enumerate(pieces):
             is_tag = position % 2 == 1 and not (self._control and self._control.search(piece))

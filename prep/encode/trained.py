@@ -167,7 +167,7 @@ class _Located:
         # White space between header and words is the words' own, which the template kept.
         if opening and (opens or opening.isspace() or opening.startswith(turns.openings)):
             start -= len(opening)
-        elif space:
+        elif space and (opening or header < 0):  # else they stand right behind the header
             own = _space_before(self.chat.text, start) - self._usual_space.get(message, start)
             start -= own if 0 < own <= space else 0
         return start, *self.end_of_turn(message, end)
