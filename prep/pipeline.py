@@ -20,7 +20,7 @@ from prep.encode.command import progress_note
 from prep.encode.files import is_remote
 from prep.encode.options import EncodeOptions
 from prep.encode.run import write_store
-from prep.encode.sources import SourceSpec
+from prep.encode.sources import SourceSpec, as_sources
 from prep.encode.storage import fetch_store, read_remote_store
 from prep.encode.store import DocumentStore, check_units, read_store
 from prep.inspect.facts import packed_folders
@@ -32,7 +32,7 @@ from prep.materialize import Layout, materialize
 from prep.plan import PackOptions, make_plan
 from prep.progress import Progress
 from prep.remix import remix, shares
-from prep.splits import choose_parts, part_ledger
+from prep.splits import check_eval_sources, choose_parts, part_ledger
 
 SHARD_BYTES = 256 << 20
 """Size that a shard aims at: large enough to stream, small enough that two fit beside a model on any machine."""
@@ -91,6 +91,8 @@ def pack_inputs(
     options.check()
     if not 0 <= output.eval_fraction < 1:
         raise ValueError(f"--eval-fraction {output.eval_fraction} is not in the range 0 to 1 (1 left out)")
+    if isinstance(origin, Encoding):
+        check_eval_sources(output.eval_sources, [spec.name for spec in as_sources(origin.sources)])
     with alone(out):
         check_output(out, resume)
         return _pack(origin, out, options, output, workers, resume, progress)
@@ -98,30 +100,36 @@ def pack_inputs(
 
 def _pack(origin, out, options, output, workers, resume, progress) -> list[Path]:
     store = open_store(origin, out, workers=workers, resume=resume, progress=progress)
-    parts = choose_parts(store, output.eval_fraction, output.eval_sources)
-    # All plans are made before the first byte is written: what cannot be packed leaves nothing behind.
-    plans = []
-    for name, rows in parts.items():
-        # Held-out packs are read from first to last, never permuted, and none is left out.
-        chosen = replace(options, order="input", drop_last=False) if name == "eval" else options
-        try:
-            plans.append((name, chosen, make_plan(store.lengths[rows], rows, chosen)))
-        except ValueError as error:
-            if isinstance(origin, Stored):
-                raise
-            # The encoding is done and need not be repeated: say where it lies.
-            raise ValueError(f"{error}; the token ids are kept, go on from them: prep pack {store.path} …") from None
-        if plans[-1][2].certificate:
-            progress.say(f"{name} packs: {plans[-1][2].certificate}")
-        if plans[-1][2].num_packs == 0:
-            raise ValueError(
-                f"no document is left{'' if name == 'all' else f' for {name}'} after --overlong {options.overlong}; "
-                "take a larger --seq-len, or --overlong truncate or split"
-            )
+    try:
+        parts, plans = _plans(store, options, output, progress)
+    except ValueError as error:
+        if isinstance(origin, Stored):
+            raise
+        # The encoding is done and need not be repeated: say where it lies.
+        raise ValueError(f"{error}; the token ids are kept, go on from them: prep pack {store.path} …") from None
     return [
         _write_part(name, parts, chosen, plan, store, origin, out, output, workers, progress)
         for name, chosen, plan in plans
     ]
+
+
+def _plans(store, options, output, progress) -> tuple[dict, list]:
+    """The parts, and (name, options, plan) of each. All plans are made before the first byte is written: what cannot be
+    packed leaves nothing behind."""
+    parts, plans = choose_parts(store, output.eval_fraction, output.eval_sources), []
+    for name, rows in parts.items():
+        # Held-out packs are read from first to last, never permuted, and none is left out.
+        chosen = replace(options, order="input", drop_last=False) if name == "eval" else options
+        plan = make_plan(store.lengths[rows], rows, chosen)
+        if plan.certificate:
+            progress.say(f"{name} packs: {plan.certificate}")
+        if plan.num_packs == 0:
+            raise ValueError(
+                f"no document is left{'' if name == 'all' else f' for {name}'} after --overlong {options.overlong}; "
+                "take a larger --seq-len, or --overlong truncate or split"
+            )
+        plans.append((name, chosen, plan))
+    return parts, plans
 
 
 def check_output(out: Path, resume: bool) -> None:

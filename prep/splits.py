@@ -1,5 +1,7 @@
 """Which documents go to which packed folder, and the ledger of each."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from prep.encode.store import DocumentStore
@@ -22,10 +24,7 @@ def choose_parts(store: DocumentStore, eval_fraction: float, eval_sources: tuple
     held_out, copies = np.zeros((2, len(store)), bool)
     if eval_fraction:
         held_out = store.doc_hashes < np.uint64(int(eval_fraction * 2**64))
-    names = [name for name, _, _ in store.info.sources]
-    for wanted in eval_sources:
-        if wanted not in names:
-            raise ValueError(f"--eval-source {wanted} is none of the sources {', '.join(names)}")
+    check_eval_sources(eval_sources, [name for name, _, _ in store.info.sources])
     if eval_sources:
         own = np.zeros(len(store), bool)
         for name, first, last in store.info.sources:
@@ -41,8 +40,16 @@ def choose_parts(store: DocumentStore, eval_fraction: float, eval_sources: tuple
     parts = {"train": rows[~held_out & ~copies], "eval": rows[held_out]}
     for name, chosen in parts.items():
         if not chosen.size:
-            raise ValueError(f"{asked} leaves no document for {name} among {len(rows)}; change it")
+            among = f"{len(rows)}{f', of which {copies.sum()} are copies' if copies.any() else ''}"
+            raise ValueError(f"{asked} leaves no document for {name} among {among}; change it")
     return parts
+
+
+def check_eval_sources(eval_sources: Sequence[str], names: Sequence[str]) -> None:
+    """ValueError for a source to hold out that is none of `names`."""
+    for wanted in eval_sources:
+        if wanted not in names:
+            raise ValueError(f"--eval-source {wanted} is none of the sources {', '.join(names)}")
 
 
 def part_ledger(name: str, parts: dict[str, np.ndarray], plan: Plan, store: DocumentStore) -> Ledger:

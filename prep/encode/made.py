@@ -13,6 +13,14 @@ def raw_files(path: str) -> files.Found:
         if stores != [path.rstrip("/")]:
             named = f" in {' and '.join(stores)}; name the raw files, or pack one store alone: prep pack {stores[0]}"
         raise ValueError(f"{path}: holds a document store{named}")
+    if begun := [
+        folder
+        for folder in sorted({place.removesuffix("/plan.json") for place in there if place.endswith("/plan.json")})
+        if any(place.startswith(f"{folder}/units/") for place in there)
+    ]:
+        raise ValueError(
+            f"{path}: holds an unfinished document store in {' and '.join(begun)}; finish it with prep encode --resume"
+        )
     if packed := _folders_of(there, "manifest.json", "packs.arrow"):
         raise ValueError(
             f"{path}: holds packed shards in {' and '.join(packed)}; name the raw files, or pack the document store "

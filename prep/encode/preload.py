@@ -25,7 +25,7 @@ class FastTokenizer(NamedTuple):
 
 class _Loading(threading.Thread):
     def __init__(self, json_text: str):
-        super().__init__(daemon=True)
+        super().__init__()  # no daemon: torn off in native code at the end of a process, it would abort that
         self.json_text = json_text
         self.tokenizer = None
         self.start()

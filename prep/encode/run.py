@@ -113,6 +113,8 @@ def _write_store_once(
     inputs, place, options, workers, progress, runner, ray_address, unit_range, resume: bool
 ) -> dict | None:
     """As `write_store`, with WrittenAnewError where an input is written meanwhile with the bytes that it has."""
+    if ray_address and runner != "ray":
+        raise ValueError("--ray-address is for --engine ray; give both, or none")
     storage = storage_at(place)
     check_tokenizer_folder(options.tokenizer)
     sources = as_sources(inputs)

@@ -8,7 +8,7 @@ import numpy as np
 from formats.dataset import PackedDataset, PackIndex
 from formats.manifest import MANIFEST_NAME, Manifest, is_compressed, read_manifest
 from formats.order import permutation
-from formats.schema import ALIGNMENTS
+from formats.schema import ALIGNMENTS, MAX_CAPACITY
 from prep.inspect.documents import Slots, read_slots
 from prep.inspect.whatif import LLAMA_8B, stragglers, table
 
@@ -171,6 +171,8 @@ def _whatif(manifest: Manifest, slots: Slots) -> Mapping:
     """The table of other options for the documents that are packed, pieces put together again."""
     _, lengths = slots.documents()
     every = -(-len(lengths) // WHATIF_DOCUMENTS)
-    capacities = [c for c in (manifest.capacity // 2, manifest.capacity, manifest.capacity * 2) if c >= 2]
+    capacities = [
+        c for c in (manifest.capacity // 2, manifest.capacity, manifest.capacity * 2) if 2 <= c <= MAX_CAPACITY
+    ]
     rows = table(lengths[::every].astype(np.int32), WHATIF_ALGORITHMS, capacities, WHATIF_CP)
     return {"documents": len(lengths[::every]), "of": len(lengths), "rows": [row._asdict() for row in rows]}

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from formats.dataset import PackedDataset
 from formats.manifest import read_manifest
+from formats.schema import MAX_CAPACITY
 from formats.shard import Shard
 
 
@@ -180,6 +181,15 @@ def test_drop_last_of_documents_in_pieces_stands_in_the_ledger(tokenizer, tmp_pa
     assert account["dropped"]["last_pack"]["documents"] > 0
     assert (lost["last_pack"] > 0) == (more[1] == "split")
     assert run("verify", tmp_path / "out", "--deep").exit_code == 0
+
+
+def test_the_largest_capacity(source, tokenizer, tmp_path):
+    """Its report shows what other lengths would give, as far as there are any."""
+    packed(source, tmp_path / "a", tokenizer)
+    result = run("pack", tmp_path / "a.store", "--out", tmp_path / "b", "--seq-len", MAX_CAPACITY, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["whatif"]["rows"]
+    assert {row["seq_len"] for row in rows} == {MAX_CAPACITY, MAX_CAPACITY // 2}
 
 
 def test_optimal_prints_its_bound_and_gap(source, tokenizer, tmp_path):

@@ -143,7 +143,7 @@ def test_no_pack_inside_its_store_and_no_empty_mix(raw, tokenizer, tmp_path):
     store = encode(raw, MIXES["all"], tmp_path / "store", tokenizer)
     for more, sentence in (
         (["--out", store / "units" / "x"], f"lies inside the input {store}, which would then hold it"),
-        (["--out", tmp_path / "out", "--mix", ""], "not readable as YAML"),
+        (["--out", tmp_path / "out", "--mix", ""], "--mix : No such file or directory; name a YAML file"),
     ):
         result = run("pack", store, "--seq-len", 256, *more)
         assert result.exit_code == 1

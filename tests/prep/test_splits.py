@@ -46,6 +46,22 @@ def test_a_whole_source_is_held_out(tokenizer, tmp_path):
     assert "--eval-source c is none of the sources a.jsonl, b.jsonl" in result.output
 
 
+def test_a_source_that_is_none_is_refused_before_anything_is_encoded(source, tokenizer, tmp_path):
+    arguments = ["--out", tmp_path / "x", "--tokenizer", tokenizer, "--seq-len", 256]
+    result = run("pack", source, *arguments, "--eval-source", "c")
+    assert result.output == "Error: --eval-source c is none of the sources chats.jsonl\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_all_others_copy_leaves_nothing_to_train(tokenizer, tmp_path):
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", [{"text": "one"}, {"text": "two"}]) for name in "ab"]
+    arguments = ["--tokenizer", tokenizer, "--seq-len", 256, "--workers", 1, "--quiet"]
+    result = run("pack", *files, "--out", tmp_path / "x", *arguments, "--eval-source", "b.jsonl")
+    sentence = "--eval-source b.jsonl leaves no document for train among 4, of which 2 are copies; change it"
+    kept = f"the token ids are kept, go on from them: prep pack {tmp_path / 'x.store'} …"
+    assert result.output == f"Error: {sentence}; {kept}\n"
+
+
 @pytest.mark.parametrize(("dedup", "mix"), [("none", False), ("exact", False), ("none", True), ("exact", True)])
 def test_copies_of_a_held_out_source_are_not_trained_and_do_not_count_twice(dedup, mix, tokenizer, tmp_path):
     """Also where --dedup took the held-out documents for the copies, and where a mix reads the other source twice."""

@@ -8,11 +8,14 @@ from packing_runs import packed, run
 
 @pytest.fixture(scope="module")
 def root(source, tokenizer, tmp_path_factory):
-    """`packs`, `stores` and `saved`, each with train and eval: shards, document stores, exports for Hugging Face."""
+    """`packs`, `stores` and `saved`, each with train and eval: shards, document stores, exports for Hugging Face; and
+    `begun`, which holds a store that is not finished."""
     root = tmp_path_factory.mktemp("wrong")
     packed(source, root / "packs", tokenizer, "--eval-fraction", 0.1)
     for part in ("train", "eval"):
         shutil.copytree(root / "packs.store", root / "stores" / part)
+    begun = ["--out", root / "begun" / "store", "--tokenizer", tokenizer, "--unit-range", "1/2", "--quiet"]
+    assert run("encode", source, *begun).exit_code == 0
     assert run("convert", root / "packs", "--to", "hf", "--out", root / "saved", "--quiet").exit_code == 0
     return root
 
@@ -29,6 +32,11 @@ CASES = {
     ("encode", "stores"): RAW_STORES,
     ("encode", "saved"): RAW_SAVED,
     ("encode", "stores/train"): "{0}: holds a document store and no raw input; pack it: prep pack {0}",
+    **{
+        (command, folder): f"{{0}}: holds an unfinished document store in {{0}}{more}; finish it with prep encode"
+        for command in ("pack", "encode", "plan", "lint")
+        for folder, more in (("begun", "/store"), ("begun/store", ""))
+    },
     ("plan", "stores"): RAW_STORES,
     ("plan", "saved"): RAW_SAVED,
     ("lint", "stores"): RAW_STORES,

@@ -16,6 +16,23 @@ from prep.encode.command import encode as command
 ROOT = Path(__file__).parents[3]
 
 
+def test_a_process_that_ends_while_it_loads_a_tokenizer_ends_as_any_other(byte_level):
+    """The thread that loads is waited for: torn off in native code, it aborted the process now and then."""
+    code = "import sys, time; from prep.encode import preload\n"
+    code += "preload._read = lambda text: (time.sleep(0.5), print('loaded', flush=True))\n"
+    code += "preload.begin_fast(sys.argv[1]); sys.exit(1)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, byte_level], capture_output=True, text=True, cwd=Path(__file__).parents[3]
+    )
+    assert (result.returncode, result.stdout) == (1, "loaded\n")
+
+
+def test_an_address_of_ray_without_ray_is_refused(tmp_path):
+    arguments = ["no.jsonl", "--out", str(tmp_path / "s"), "--tokenizer", "no", "--ray-address", "x"]
+    result = CliRunner().invoke(main, ["encode", *arguments])
+    assert result.output == "Error: --ray-address is for --engine ray; give both, or none\n"
+
+
 def test_too_many_bad_records_leave_their_list_behind(tmp_path, byte_level):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{\n{\n')

@@ -144,6 +144,12 @@ def test_equal_hashes_are_looked_into(tmp_path, byte_level, monkeypatch):
     assert set(rows.tolist()) >= set(range(6)), "no document that differs from all others goes"
 
 
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    for path, why in ((tmp_path / "none.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=f"^--mix {path}: {why}; name a YAML file with a list of sources$"):
+            read_mix(str(path))
+
+
 @pytest.mark.parametrize("share", ["weight", "repeat", "limit_tokens"])
 def test_a_share_of_nothing_is_refused(share, tmp_path, byte_level):
     full = write_jsonl(tmp_path / "a.jsonl", texts(3))
@@ -152,8 +158,8 @@ def test_a_share_of_nothing_is_refused(share, tmp_path, byte_level):
     for path, options in ((tmp_path / "b.jsonl", {}), (copies, {"dedup": "exact"})):
         specs = [SourceSpec("a", (str(full),), **{share: 1}), SourceSpec("b", (str(path),), **{share: 1})]
         with pytest.raises(ValueError, match="source b: no document is left of it; check its files or take it out"):
-            run(specs, tmp_path / "s", byte_level, **options)
-        assert not (tmp_path / "s").exists()
+            run(specs, tmp_path / path.stem, byte_level, **options)
+        assert not (tmp_path / path.stem / "store.json").exists()
 
 
 def test_shares_that_cannot_be_are_refused_before_any_work(tmp_path, byte_level):
