@@ -159,6 +159,10 @@ class RecordReader:
                 raise ValueError(
                     f"content of message {number} must be text or a list, not {kind_of(message['content'])}"
                 )
+            if message.get("tool_calls") not in _ABSENT:
+                calls = _objects(message["tool_calls"], f"tool_calls of message {number}")
+                if calls is not message["tool_calls"]:
+                    messages = [*messages[: number - 1], {**message, "tool_calls": calls}, *messages[number:]]
             check_flags(message, f"message {number}")
             _check_depth(message, f"message {number}")
             if not self._allow_special and role not in self._roles:
@@ -166,7 +170,7 @@ class RecordReader:
             self._roles.add(role)
         if train_from:
             messages = [{**m, "train": False} for m in messages[:train_from]] + messages[train_from:]
-        tools = None if tools in _ABSENT else _parsed(tools, "tools") or None
+        tools = None if tools in _ABSENT else _objects(tools, "tools") or None
         _check_depth(tools, "tools")
         return self._chats.render(messages, tools, guard=not self._allow_special)
 
@@ -239,7 +243,10 @@ class RecordReader:
             bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise ValueError(f"input_ids holds {bad}, outside the tokenizer's vocabulary of {self._folder.vocab_size}")
         if record.get("loss_mask") not in _ABSENT:
-            mask = self._beside(record, "loss_mask", ids.size) != 0
+            given = self._beside(record, "loss_mask", ids.size)
+            mask = given == 1
+            if not (mask | (given == 0)).all():
+                raise ValueError(f"loss_mask holds {given[~mask & (given != 0)][0]}; only 0 and 1 are possible")
         elif record.get("labels") not in _ABSENT:
             mask = self._beside(record, "labels", ids.size) != -100
             wrong = mask & (self._beside(record, "labels", ids.size) != ids)
@@ -294,6 +301,14 @@ def _parsed(value, name: str):
         return parse_exactly(value)
     except ValueError as error:
         raise ValueError(f"{name} is text that is not JSON: {error}") from None
+
+
+def _objects(value, name: str) -> list[dict]:
+    """A list of objects, as it is or as JSON text."""
+    given = _parsed(value, name)
+    if type(given) is not list or not all(type(item) is dict for item in given):
+        raise ValueError(f"{name} must be a list of objects")
+    return given
 
 
 def _from_sharegpt(turns, system) -> list[dict]:

@@ -105,6 +105,7 @@ class ChatTemplate:
         self._date = datetime.fromisoformat(date) if date else None
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _to_json
+        del environment.globals["lipsum"], environment.filters["random"]  # another text each time, and any amount of it
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = self._strftime_now
         try:

@@ -149,6 +149,8 @@ def test_todays_date_is_refused_unless_it_is_fixed(byte_level):
         "{{ cycler.__init__.__globals__ }}",
         "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
         "{{ 'x' * 100000000000 }}",
+        "{{ lipsum(n=1) }}",
+        "{{ messages | random }}",
         "{{ 'x'.ljust(100000000000) }}",
         "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
     ],
@@ -305,6 +307,24 @@ def test_control_tokens_are_counted_as_the_template_writes_them(byte_level):
     assert reader(byte_level, allow_special=True).read(chat("a", "b")).controls is None
 
 
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"k": "v"}}}]}
+
+
+def test_tool_calls_and_tools_may_be_json_text(byte_level):
+    """As CSV and many Parquet files have them."""
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
+    )
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    read = reader(byte_level, template=template).read
+    plain = {"messages": [{"role": "user", "content": "u"}, CALL, {"role": "user", "content": "v"}], "tools": tools}
+    text = {**plain, "messages": [dict(m) for m in plain["messages"]], "tools": json.dumps(tools)}
+    text["messages"][1]["tool_calls"] = json.dumps(CALL["tool_calls"])
+    assert read(text) == read(plain)
+    assert isinstance(text["messages"][1]["tool_calls"], str), "a record that is rejected is shown as it was"
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -330,6 +350,14 @@ def test_control_tokens_are_counted_as_the_template_writes_them(byte_level):
         ({"input_ids": [1, -2]}, "outside the tokenizer's vocabulary"),
         ({"input_ids": [1, 10**6]}, "outside the tokenizer's vocabulary"),
         ({"input_ids": ["a"]}, "whole numbers"),
+        ({"input_ids": [1, 2], "loss_mask": [1, -100]}, "loss_mask holds -100; only 0 and 1"),
+        ({"input_ids": [1, 2], "loss_mask": [0.5, 1]}, "loss_mask holds 0.5; only 0 and 1"),
+        ({**FOUR, "tools": {"type": "function"}}, "tools must be a list of objects"),
+        ({**FOUR, "tools": 5}, "tools must be a list of objects"),
+        ({**FOUR, "tools": "[1]"}, "tools must be a list of objects"),
+        ({"messages": [CALL | {"tool_calls": {"name": "f"}}]}, "tool_calls of message 1 must be a list of objects"),
+        ({"messages": [CALL | {"tool_calls": ["f(x)"]}]}, "tool_calls of message 1 must be a list of objects"),
+        ({"messages": [CALL | {"tool_calls": "f(x)"}]}, "tool_calls of message 1 is text that is not JSON"),
         ({"input_ids": [1, 2], "labels": [1]}, "as long as input_ids"),
         ({"input_ids": [1, 2], "labels": [[1], 2]}, "as long as input_ids"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "unshifted"),
