@@ -4,7 +4,7 @@ import fnmatch
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from prep.encode import files
@@ -12,6 +12,12 @@ from prep.encode.made import raw_files
 
 FORMATS = ("jsonl", "json", "parquet", "arrow", "csv", "tsv", "text", "hf")
 TEXT_BY = ("line", "paragraph", "document")
+FIELDS = (
+    *("input_ids", "labels", "loss_mask", "attention_mask", "position_ids", "chosen", "rejected", "messages"),
+    *("conversations", "system", "tools", "instruction", "input", "output", "segments", "input_output"),
+    *("prompt", "completion", "text"),
+)
+"""Fields of records; see `records`."""
 SHARES = ("weight", "repeat", "limit_tokens", "max_epochs")
 """Fields of a source that say how much of it is used."""
 _ENDINGS = {
@@ -59,6 +65,14 @@ class SourceSpec:
             raise ValueError(
                 f"source {self.name}: format {self.format!r} is unknown; choose one of {', '.join(FORMATS)}"
             )
+        ours = [name for name, _ in self.columns]
+        for name in ours:
+            if name not in FIELDS:
+                raise ValueError(
+                    f"source {self.name}: column {name} is no field of a record here; known are {', '.join(FIELDS)}"
+                )
+            if ours.count(name) > 1:
+                raise ValueError(f"source {self.name}: two columns are to be {name}; name one")
         if self.text_by not in TEXT_BY:
             raise ValueError(f"source {self.name}: text_by is {self.text_by!r}; choose one of {', '.join(TEXT_BY)}")
 
@@ -184,6 +198,7 @@ def find_inputs(specs: Sequence[SourceSpec]) -> tuple[list[InputFile], dict[str,
         OSError: an address that does not answer.
     """
     found: list[InputFile] = []
+    read: set[tuple] = set()
     left_out: dict[str, list[str]] = {}
     seen: dict[str, int] = {}
     for number, spec in enumerate(specs):
@@ -192,6 +207,11 @@ def find_inputs(specs: Sequence[SourceSpec]) -> tuple[list[InputFile], dict[str,
             if others:
                 left_out.setdefault(spec.name, []).extend(others)
             for entry in entries:
+                place = entry.path if files.is_remote(entry.path) else os.path.realpath(entry.path)
+                how = (place, replace(spec, name="", paths=()))
+                if how in read:
+                    raise ValueError(f"{path}: {entry.path} is named twice; name it once (--mix has repeat)")
+                read.add(how)
                 count = seen[entry.name] = seen.get(entry.name, 0) + 1
                 name = entry.name if count == 1 else f"{entry.name}#{count}"
                 found.append(InputFile(entry.path, name, number, entry.format, entry.bytes, entry.stamp, entry.hash))

@@ -178,6 +178,9 @@ def test_values_of_options_that_are_none(tmp_path, byte_level):
     path = write_jsonl(tmp_path / "a.jsonl", chats(5))
     given = ["encode", path, "--out", tmp_path / "s", "--tokenizer", byte_level, "--quiet"]
     for option, value, reason in (
+        ("--max-errors", "3", "--max-errors is for --on-error skip"),
+        ("--ray-address", "auto", "--ray-address is for --engine ray"),
+        ("--column", "txet=body", "column txet is no field of a record here; known are input_ids"),
         ("--max-errors", "nan%", "max_errors is 'nan%'; give a count"),
         ("--max-errors", "inf%", "max_errors is 'inf%'; give a count"),
         ("--max-errors", "-1", "max_errors is '-1'; give a count"),

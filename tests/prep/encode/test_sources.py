@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from encoding_runs import documents, run, texts, write_jsonl
 
 from prep.cli import main
-from prep.encode.sources import as_sources, find_inputs
+from prep.encode.sources import SourceSpec, as_sources, find_inputs
 from prep.encode.store import DocumentStore
 
 
@@ -118,6 +118,27 @@ def test_files_of_unknown_format_are_counted_and_named(tmp_path, byte_level):
         run(tmp_path / "in" / "deep", tmp_path / "t", byte_level)
     write_jsonl(tmp_path / "in" / "deep" / "README", texts(2))
     assert len(run(tmp_path / "in" / "deep" / "README", tmp_path / "u", byte_level)) == 2
+
+
+def test_a_file_that_is_named_twice_is_not_read_twice(tmp_path, byte_level):
+    (tmp_path / "in").mkdir()
+    path = write_jsonl(tmp_path / "in" / "a.jsonl", texts(3))
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for again in (path, tmp_path / "link.jsonl", f"{tmp_path}/i*/*.jsonl"):
+        with pytest.raises(ValueError, match=r"a?\.jsonl is named twice; name it once"):
+            run([tmp_path / "in", again], tmp_path / "s", byte_level)
+    # A mix that says so reads it in two ways.
+    both = [SourceSpec("x", (str(path),)), SourceSpec("y", (str(path),), repeat=2)]
+    assert len(run(both, tmp_path / "s", byte_level)) == 9
+
+
+def test_columns_are_fields_of_records_and_each_is_named_once():
+    for columns, reason in (
+        ((("text", "a"), ("text", "b")), "source x: two columns are to be text; name one"),
+        ((("txet", "a"),), "source x: column txet is no field of a record here; known are input_ids"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            SourceSpec("x", (), columns=columns)
 
 
 def test_a_rejected_record_is_named_by_its_place_in_the_folder(tmp_path, byte_level):
