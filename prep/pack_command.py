@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from prep.encode.command import check_ray, encode, options_of, resumable, sources_of
+from prep.encode.command import encode, options_of, resumable, sources_of
 from prep.options import Output, Size, as_json, echo_json, quiet
 
 
@@ -140,7 +140,6 @@ def _origin(inputs: tuple[str, ...], out: str, given: dict):
     sources = sources_of(inputs, given["mix"], given["columns"], given)
     if not given["tokenizer"]:
         raise without_tokenizer(sources)
-    check_ray(given["runner"], given["ray_address"])
     store = f"{out.rstrip('/')}.store" if "://" in out else None
     return Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"], store)
 

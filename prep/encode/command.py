@@ -109,7 +109,6 @@ def encode(
     from prep.encode.run import write_store
     from prep.progress import Progress
 
-    check_ray(runner, ray_address)
     sources = sources_of(inputs, mix, columns, given)
     options = options_of(roles, given)
     with Progress(quiet=quiet).stage("encoding", "units") as update:
@@ -170,12 +169,6 @@ def options_of(roles: tuple[str, ...], given: dict) -> EncodeOptions:
     if options.max_errors is not None and options.on_error != "skip":
         raise click.UsageError("--max-errors is for --on-error skip; without it the first bad record ends the run")
     return options
-
-
-def check_ray(runner: str, address: str | None) -> None:
-    """UsageError for an address that nothing would ask."""
-    if address and runner != "ray":
-        raise click.UsageError("--ray-address is for --engine ray")
 
 
 def _columns(pairs: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
