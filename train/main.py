@@ -192,8 +192,11 @@ def train(config: Config) -> None:
         windows=flops.windows,
     )
     profiler = StepProfiler(out, config.run.profile, device)
-    if position.step == 0:
-        evaluation(0)
+    # A run that was told to stop has left its evaluation to the one that goes on.
+    evaluated = torch.tensor(float(metrics.evaluated))
+    dist.all_reduce(evaluated, dist.ReduceOp.MAX)
+    if evaluates_at(position.step, config) and not evaluated:
+        evaluation(position.step)
 
     for step in range(position.step + 1, steps + 1):
         began = time.perf_counter()
@@ -242,7 +245,7 @@ def train(config: Config) -> None:
         profiler.step()
         checkpointer.poll()
         told_to_stop = bool(worst[2].item()) and step < steps
-        if step == steps or (config.run.eval_every and step % config.run.eval_every == 0 and not told_to_stop):
+        if step == steps or (evaluates_at(step, config) and not told_to_stop):
             evaluation(step)
         is_due = config.run.save_every > 0 and step % config.run.save_every == 0
         if told_to_stop or is_due or (step == steps and config.run.save_last):
@@ -260,6 +263,11 @@ def train(config: Config) -> None:
         hf_write.save_weights(model, model_folder, out / "hf")
         metrics.say(f"exported {out / 'hf'}")
     metrics.close()
+
+
+def evaluates_at(step: int, config: Config) -> bool:
+    """Whether the run is evaluated after so many steps, be it the last one or not."""
+    return step == 0 or (config.run.eval_every > 0 and step % config.run.eval_every == 0)
 
 
 def parameter_count(model: Decoder | Pipeline, mesh: Mesh) -> int:

@@ -32,27 +32,33 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop everything after `step` from a metrics file, and a last line that a kill left unfinished."""
+def cut_back(path: Path, step: int) -> dict[str, Any]:
+    """Drop everything after `step` from a metrics file, and a last line that a kill left unfinished; returns the last
+    record that stays, {} where none does."""
+    last: dict[str, Any] = {}
     if not path.exists():
-        return
+        return last
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
+            record = json.loads(line)
+            if not line.endswith("\n") or record["step"] > step:
                 break
         except (ValueError, KeyError, TypeError):
             break
         kept.append(line)
+        last = record
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+    return last
 
 
 class Metrics:
     """Writes the file and the terminal on rank 0; on other ranks every method does nothing.
 
-    A terminal gets one live line with a progress bar, anything else plain lines.
+    A terminal gets one live line with a progress bar, anything else plain lines. `evaluated`: the file already has the
+    evaluations after `first_step` steps.
     """
 
     def __init__(self, out: Path, steps: int, first_step: int, trackers: Sequence[Tracker] = (), *, enabled: bool):
@@ -61,11 +67,13 @@ class Metrics:
         self._progress: Progress | None = None
         self._steps, self._enabled = steps, enabled
         self._last_line = -math.inf
+        self.evaluated = False
         if not enabled:
             return
         if first_step == 0:
             (Path(out) / METRICS_NAME).unlink(missing_ok=True)
-        cut_back(Path(out) / METRICS_NAME, first_step)
+        last = cut_back(Path(out) / METRICS_NAME, first_step)
+        self.evaluated = "eval_loss" in last and last["step"] == first_step
         self._file = open(Path(out) / METRICS_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         atexit.register(self.close)  # an error must not leave a live line (and a hidden cursor) on the terminal
         self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)

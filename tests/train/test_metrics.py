@@ -22,7 +22,7 @@ def test_steps_after_the_checkpoint_are_cut_off_with_their_evaluations(tmp_path,
     path = tmp_path / METRICS_NAME
     whole = lines(ONE, TWO, EVAL, THREE)
     path.write_text(whole)
-    cut_back(path, step)
+    assert cut_back(path, step) == (THREE if left is None else (left or [{}])[-1])
     assert path.read_text() == (whole if left is None else lines(*left))
     assert [file.name for file in tmp_path.iterdir()] == [METRICS_NAME]
 

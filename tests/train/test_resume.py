@@ -108,14 +108,21 @@ def test_a_run_goes_on_over_any_pipeline(data, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "layout"), [(signal.SIGTERM, {}), (signal.SIGUSR1, {"pp": 2})])
-def test_a_signal_to_any_rank_ends_with_a_checkpoint_and_the_way_on(number, layout, flags, straight, tmp_path):
-    said = run_ranks(run, 2, flags(**layout), (1, 2, number))
+def test_a_signal_to_any_rank_ends_with_a_checkpoint_and_the_way_on(number, layout, data, flags, straight, tmp_path):
+    """The evaluation that was due at that step is made by the run that goes on."""
+    evaluated = {"eval_shards": data / "eval", "eval_every": 2}
+    said = run_ranks(run, 2, flags(**layout, **evaluated), (1, 2, number))
     assert "stopped by a signal after step 2 of 6" in said[0]
     assert "--resume auto" in said[0]
     assert said[1] == ""
     (checkpoint,) = whole_checkpoints(tmp_path / "out")
     assert checkpoint.name == "step-00000002"
-    run_ranks(run, 2, flags(resume="auto", **layout))
+    assert [line["step"] for line in read_metrics(tmp_path / "out") if "eval_loss" in line] == [0]
+    run_ranks(run, 2, flags(resume="auto", **layout, **evaluated))
+    evaluations = [line for line in read_metrics(tmp_path / "out") if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 4, 6]
+    run_ranks(run, 2, flags(resume="auto", **layout, **evaluated))
+    assert [line for line in read_metrics(tmp_path / "out") if "eval_loss" in line] == evaluations, "none twice"
     same_losses(steps_of(tmp_path / "out"), steps_of(straight))
     assert layout or steps_of(tmp_path / "out") == steps_of(straight), "on the same mesh to the bit"
 
