@@ -55,7 +55,7 @@ from train.outdir import RunFolder
 from train.parallel.apply import parallelize
 from train.parallel.pipeline import Pipeline
 from train.precision import compute_dtype
-from train.profiling import StepProfiler
+from train.profiling import SKIPPED, StepProfiler
 from train.step import NotFiniteError, evaluate, sum_over, train_step
 from train.trackers import check_packages, open_trackers
 
@@ -192,6 +192,8 @@ def train(config: Config) -> None:
         windows=flops.windows,
     )
     profiler = StepProfiler(out, config.run.profile, device)
+    if config.run.profile and steps - position.step <= SKIPPED:
+        metrics.say(f"--profile traces nothing: it begins after {SKIPPED} steps, and {steps - position.step} are left")
     # A run that was told to stop has left its evaluation to the one that goes on.
     evaluated = torch.tensor(float(metrics.evaluated))
     dist.all_reduce(evaluated, dist.ReduceOp.MAX)

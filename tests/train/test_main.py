@@ -170,7 +170,8 @@ def test_a_mixture_trains_evaluates_on_several_sets_and_resumes_only_as_itself(f
     two = [f"{data / 'train'}:3", f"{data / 'eval'}:1"]
     mixture = [*flags(shards=two[0], steps=2), "--shards", two[1]]
     sets = ["--eval-shards", str(data / "eval"), "--eval-shards", str(data / "train")]
-    (said,) = run_ranks(run, 1, [*mixture, *sets])
+    (said,) = run_ranks(run, 1, [*mixture, *sets, "--profile", "1"])
+    assert "--profile traces nothing: it begins after 2 steps, and 2 are left" in said
     assert f"mixture: {data / 'train'} 76.9%, 10 packs an epoch = 1.00 passes; {data / 'eval'} 23.1%" in said
     evaluated = [line["eval_shards"] for line in read_metrics(tmp_path / "out") if "eval_loss" in line]
     assert evaluated == 2 * [str(data / "eval"), str(data / "train")]
