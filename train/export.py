@@ -80,11 +80,15 @@ def _find(path: Path) -> Path:
 def _model_of(checkpoint: Path) -> Path:
     record = checkpoint.resolve().parent.parent / RUN_NAME
     try:
-        return Path(json.loads(record.read_bytes())["flags"]["model"])
+        run = json.loads(record.read_bytes())
+        folder = Path(run["folder"], run["flags"]["model"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{record} does not tell which model was trained; name its folder (config.json, tokenizer) by --model"
         ) from None
+    if not folder.is_dir():
+        raise ValueError(f"{folder}, the model of that run, is not there any more; name its folder by --model")
+    return folder
 
 
 def main(argv: list[str]) -> int:

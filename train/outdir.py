@@ -1,6 +1,6 @@
 """The folder of a run: whether it may be used, and from which checkpoint the run goes on.
 
-OUT/run.json        written first, marks the folder as a run's, records its flags and who launched it
+OUT/run.json        written first, marks the folder as a run's, records its flags, who launched it and in which folder
 OUT/metrics.jsonl   OUT/checkpoints/   OUT/hf/   OUT/.lock
 
 Nothing is written before all that the flags name has been read and found to fit: a run that ends over a wrong flag
@@ -21,6 +21,7 @@ from formats.shard import write_json
 from train.alone import LOCK_NAME, hold
 from train.checkpoint import whole_checkpoints
 from train.config import Config, flatten
+from train.mix import parse_shards
 
 RUN_NAME = "run.json"
 
@@ -36,8 +37,8 @@ class RunFolder:
     def find_start(self) -> Path | None:
         """The checkpoint to go on from (None: from the beginning), after a look at whether OUT may be used.
 
-        Raises: ValueError on every rank when OUT holds something else or another run holds it, or `--resume` names
-        nothing to resume.
+        Raises: ValueError on every rank when OUT holds something else, is held by another run or lies in packed shards,
+        or `--resume` names nothing to resume.
         """
         return self._on_first_rank(self._find_start)
 
@@ -66,6 +67,11 @@ class RunFolder:
         nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not os.access(nearest, os.W_OK):
             raise ValueError(f"--out {out}: {nearest} cannot be written to; name another folder")
+        for folder in (*parse_shards(self._config.data.shards)[0], *self._config.data.eval_shards):
+            if out.resolve().is_relative_to(Path(folder).resolve()):
+                raise ValueError(
+                    f"--out {out} lies in the packed folder {folder}, which is only read; name another folder"
+                )
         occupied = out.is_dir() and any(path.name != LOCK_NAME for path in out.iterdir())
         if occupied and not (out / RUN_NAME).is_file():
             raise ValueError(f"--out {out} holds something that is no run of this trainer; name another folder")
@@ -97,7 +103,7 @@ class RunFolder:
             if (self._out / RUN_NAME).exists():
                 raise ValueError(f"--out {self._out}: another run has begun there meanwhile; name another folder")
         record = {"flags": flatten(self._config), "launcher": _launcher(), "torch": torch.__version__, "version": 1}
-        write_json(self._out / RUN_NAME, record)
+        write_json(self._out / RUN_NAME, record | {"folder": os.getcwd()})  # where the paths among the flags begin
 
 
 def _named_checkpoint(folder: Path) -> Path:

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+import os
 import resource
 import shutil
 import subprocess
@@ -19,23 +21,26 @@ from ranks import run_ranks
 from train.checkpoint import MARK, whole_checkpoints
 from train.export import export, main
 from train.flags import parse
+from train.outdir import RUN_NAME
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(argv):
+def run(argv, folder):
+    os.chdir(folder)
     train.main.train(parse(argv))
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_llama_dir, tmp_path_factory):
-    """A run of two steps on three ranks; only to be read."""
+    """A run of two steps on three ranks, of a model named from where it was started; only to be read."""
     folder = tmp_path_factory.mktemp("export")
     rows = random_packs(np.random.default_rng(0), 6, 160, 4, 320)
     shards = make_shards(folder / "shards", rows, capacity=160, align=4)
-    flags = {"shards": shards, "model": tiny_llama_dir, "out": folder / "out", "batch-packs": 3, "steps": 2}
+    flags = {"shards": shards, "model": tiny_llama_dir.name, "out": folder / "out", "batch-packs": 3, "steps": 2}
     flags |= {"save-every": 1, "lr": 1e-2, "device": "cpu", "threads": 1}
-    run_ranks(run, 3, [part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    run_ranks(run, 3, argv, tiny_llama_dir.parent)
     return folder / "out"
 
 
@@ -81,11 +86,14 @@ def test_what_is_wrong_is_said_in_one_sentence(finished, tiny_llama_untied_dir, 
     lost = tmp_path / "checkpoints" / "step-00000002"
     lost.mkdir(parents=True)
     (lost / MARK).write_bytes((whole_checkpoints(finished)[-1] / MARK).read_bytes())
+    moved = shutil.copytree(lost, tmp_path / "moved" / "checkpoints" / "step-00000002").parents[1]
+    (moved / RUN_NAME).write_text(json.dumps({"folder": str(tmp_path), "flags": {"model": "gone"}}))
     out = str(tmp_path / "hf")
     for argv, says in (
         ([str(half), "--out", out], "no complete checkpoint"),
         ([str(tmp_path / "nowhere"), "--out", out], "no complete checkpoint"),
         ([str(lost), "--out", out], "does not tell which model was trained"),
+        ([str(moved), "--out", out], f"{tmp_path / 'gone'}, the model of that run, is not there any more; name its"),
         ([str(finished), "--out", str(tmp_path / "thesis")], "thesis already holds something; name another folder"),
         ([str(finished), "--out", str(finished / "hf")], "hf already holds something"),
         ([str(finished), "--out", out, "--file-gb", "0"], "--file-gb must be greater than 0"),

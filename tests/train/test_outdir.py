@@ -81,3 +81,17 @@ def test_a_first_start_never_goes_on_unasked(tmp_path):
         claim(tmp_path)
     with pytest.raises(ValueError, match="is not the last checkpoint"):
         claim(tmp_path, checkpoint_of(tmp_path / "other", 3))
+
+
+@pytest.mark.parametrize("flag", ["shards", "eval_shards"])
+def test_a_packed_folder_is_no_place_for_a_run(flag, tmp_path):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (tmp_path / "link").symlink_to(packed)
+    (other := tmp_path / "packed-run").mkdir()
+    named = f"{packed}:0.5" if flag == "shards" else str(packed)
+    for out in (packed, packed / "run", tmp_path / "link" / "a" / "run"):
+        with pytest.raises(ValueError, match=f"lies in the packed folder {packed}, which is only read; name another"):
+            RunFolder(build({"out": str(out), flag: (named,)}))._find_start()
+    assert not list(packed.iterdir())
+    assert RunFolder(build({"out": str(other), flag: (named,)}))._find_start() is None
