@@ -22,7 +22,7 @@ quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
 
 class Output(click.ParamType):
     """A place to write: a folder, which is made if missing, or a file in a folder that exists. What cannot be written
-    is refused before any work is done. With `address` an address (s3://…) passes as it is."""
+    is refused before any work is done. file:// is this machine; with `address` another (s3://…) passes as it is."""
 
     name = "path"
 
@@ -47,7 +47,7 @@ class Output(click.ParamType):
             raise click.ClickException(f"{option}: {what}; name another {kind}")
         if not os.access(above, os.W_OK | os.X_OK):
             raise click.ClickException(f"{option}: nothing may be written in {above}; name another {kind}")
-        return text if self._address else str(path)
+        return str(path)
 
 
 class Size(click.ParamType):

@@ -183,6 +183,13 @@ def test_drop_last_of_documents_in_pieces_stands_in_the_ledger(tokenizer, tmp_pa
     assert run("verify", tmp_path / "out", "--deep").exit_code == 0
 
 
+def test_a_file_address_is_a_folder_of_this_machine(source, tokenizer, tmp_path):
+    arguments = ["--tokenizer", tokenizer, "--seq-len", 256, "--quiet", "--no-page"]
+    assert run("pack", source, "--out", f"file://{tmp_path}/out/", *arguments).exit_code == 0
+    assert run("verify", tmp_path / "out").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.store"]
+
+
 def test_the_largest_capacity(source, tokenizer, tmp_path):
     """Its report shows what other lengths would give, as far as there are any."""
     packed(source, tmp_path / "a", tokenizer)
