@@ -42,7 +42,6 @@ CASES = {
     "key of arguments": {"messages": [user(), model(tool_calls=[call(arguments={EVIL: 1})])]},
     "last key": {"messages": [user(), model(tool_calls=[call("f", {"k": "v", EVIL: 1})])]},
     "another field": {"messages": [user(extra={EVIL: [EVIL]}), model()]},
-    "no list of calls": {"messages": [user(), model(tool_calls={"0": EVIL})]},
     "tool": {"messages": [user(), model()], "tools": [{"type": "function", "function": {"name": EVIL}}]},
     "type of a tool": {"messages": [user(), model()], "tools": [{"type": EVIL, "function": {"name": "f"}}]},
     "key of a tool": {"messages": [user(), model()], "tools": [{"function": {"parameters": {EVIL: {"type": "x"}}}}]},
