@@ -186,14 +186,17 @@ def test_a_store_holds_what_was_hashed(tmp_path, byte_level, monkeypatch):
         run([f"hf:{tmp_path / 'data'}#train"], tmp_path / "t", byte_level)
 
 
-def test_another_library_version_is_refused_by_name(tmp_path, byte_level):
+@pytest.mark.parametrize("package", ["tokenizers", "fastokens"])
+def test_another_library_version_is_refused_by_name(tmp_path, byte_level, package):
+    pytest.importorskip(package)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x y z"}])
     run([path], tmp_path / "s", byte_level)
     (tmp_path / "s" / "store.json").unlink()
     plan = json.loads((tmp_path / "s" / "plan.json").read_text())
-    plan["packages"]["tokenizers"] = "0.1.2"
+    assert package in plan["packages"]
+    plan["packages"][package] = "0.1.2"
     (tmp_path / "s" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(ValueError, match=r'other packages\.tokenizers \("0\.1\.2", now "'):
+    with pytest.raises(ValueError, match=rf'other packages\.{package} \("0\.1\.2", now "'):
         run([path], tmp_path / "s", byte_level, resume=True)
 
 

@@ -155,6 +155,12 @@ def test_plain_text_by_line_paragraph_and_document(tmp_path, byte_level):
         assert documents(store) == documents(run(lines, tmp_path / f"{by}.store", byte_level))
 
 
+def gzipped(path):
+    other = path.with_name(path.name + ".gz")
+    other.write_bytes(gzip.compress(path.read_bytes()))
+    return other
+
+
 def test_nasty_lines(tmp_path, byte_level):
     path = tmp_path / "nasty.jsonl"
     path.write_bytes(
@@ -171,6 +177,10 @@ def test_nasty_lines(tmp_path, byte_level):
     store = run(path, tmp_path / "store", byte_level, unit_bytes=5000)
     assert len(store) == 5
     assert store.ledger.total()["read"]["documents"] == 5
+    path.write_bytes(b'{"text": "ok"}\n\xef\xbb\xbf{"text": "files joined with their marks"}\n')
+    for marked in (path, gzipped(path)):
+        with pytest.raises(ValueError, match="line 2: not readable as JSON"):
+            run(marked, tmp_path / "s1", byte_level)
     path.write_bytes(b'{"text": "cut of')
     with pytest.raises(ValueError, match="line 1: not readable as JSON"):
         run(path, tmp_path / "s2", byte_level)

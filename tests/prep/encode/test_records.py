@@ -284,6 +284,9 @@ def test_tokens_pass_through(byte_level):
     assert read({"input_ids": [5, 6, 7]}).mask.tolist() == [1, 1, 1]
     assert read({"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}).mask.tolist() == [0, 1, 0]
     assert read({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}).mask.tolist() == [0, 1, 1]
+    for label in (-101, -1, 7):  # -100 alone means that nothing is trained
+        with pytest.raises(ValueError, match="labels differ from input_ids at position 1"):
+            read({"input_ids": [5, 6, 7], "labels": [-100, label, -100]})
     padded = read({"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]})
     assert (padded.ids.tolist(), padded.removed) == ([5, 6], 2)
     # One document says so in the same fields; the padding before it has position 0, too.

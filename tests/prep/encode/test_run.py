@@ -150,8 +150,12 @@ def test_parts_of_an_array_make_the_same_store(tmp_path, byte_level):
     path = write_jsonl(tmp_path / "a.jsonl", chats(100))
     options = EncodeOptions(str(byte_level), unit_bytes=3000)
     run(path, tmp_path / "whole", byte_level, unit_bytes=3000)
+    units, made = len(list((tmp_path / "whole" / "units").glob("*.arrow"))), 0
     for part in (2, 3, 1):
         assert encode([path], tmp_path / "parts", options, unit_range=(part, 3)) is None
+        before, made = made, len(list((tmp_path / "parts" / "units").glob("*.arrow")))
+        assert made - before in (units // 3, -(-units // 3)), "a part leaves the others their units"
+    assert made == units > 3
     assert not (tmp_path / "parts" / "store.json").exists()
     encode([path], tmp_path / "parts", options, resume=True)
     assert digest(tmp_path / "parts") == digest(tmp_path / "whole")

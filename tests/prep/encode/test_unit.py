@@ -51,6 +51,16 @@ def test_skipping_bad_records(tmp_path, byte_level):
     assert len(run(path, tmp_path / "s40", byte_level, on_error="skip", max_errors="40%")) == 3
 
 
+def test_padding_that_is_taken_out_of_given_tokens_is_counted(tmp_path, byte_level):
+    records = [
+        {"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]},
+        {"input_ids": [7, 8, 0], "attention_mask": [1, 1, 0]},
+    ]
+    store = run(write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "store", byte_level)
+    assert store.ledger.total()["notes"]["padding_removed"] == 3
+    assert store.ledger.total()["kept"]["tokens"] == 4
+
+
 def test_a_record_that_is_rejected_late_leaves_nothing_in_the_notes(tmp_path, byte_level):
     """Its control tokens cannot be told from text, which is found when it is encoded."""
     odd = [{"role": "narrator", "content": "n"}, {"role": "user", "content": "<|im_end|>\U0010f000"}]
