@@ -39,8 +39,10 @@ from train.model.config import ModelConfig
 
 MARK = "complete.json"
 FOLDER = "checkpoints"
-MEANS_NOTHING = ("initializer_range", "max_positions")
 VERSION = 3
+
+# Of a model's configuration: nothing that is trained or computed depends on them.
+_MEANS_NOTHING = ("initializer_range", "max_positions")
 
 # Flat names (parameter.exp_avg) instead of nested ones survive a different split of the parameters over ranks.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -122,7 +124,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 def describe(config: ModelConfig) -> dict[str, Any]:
     """All that a model means, as JSON has it; not how its weights were drawn, nor how long its documents may be."""
     fields = dataclasses.asdict(config)
-    return json.loads(json.dumps({name: fields[name] for name in fields if name not in MEANS_NOTHING}))
+    return json.loads(json.dumps({name: fields[name] for name in fields if name not in _MEANS_NOTHING}))
 
 
 def check_model(folder: Path, saved: dict[str, Any], config: ModelConfig, source: Path) -> None:

@@ -16,12 +16,13 @@ from prep.encode.numbers import holds_long_number, parse_exactly, parse_json
 from prep.encode.options import EncodeOptions
 from prep.encode.readers import Unreadable, locate, read_unit
 from prep.encode.records import RecordReader, Tokens
+from prep.encode.segments import bounds_of, segment_any
 from prep.encode.sources import SourceSpec, Unit, stamp_of
 from prep.encode.storage import storage_at
 from prep.encode.store import UnitResult, UnitWriter
 from prep.encode.templates import ChatTemplate
 from prep.encode.tokenizer import TokenizerFolder, read_tokenizer, release_memory
-from prep.encode.tokens import Encoded, EngineDiffersError, TokenEncoder, bounds_of, replace_rows, segment_any
+from prep.encode.tokens import Encoded, EngineDiffersError, TokenEncoder, replace_rows
 from prep.ledger import Ledger
 
 _BATCH_CHARACTERS = 1 << 20
