@@ -24,7 +24,10 @@ from train.model.decoder import Decoder
 from train.model.families import FAMILIES, model_config
 from train.model.sources import Source, Window, weight_sources
 
+HEAD = "lm_head.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""The types of weights that can be trained. Integers and 8-bit floats are codes, which mean nothing without scales."""
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -54,8 +57,8 @@ def load_weights(model: nn.Module, folder: Path, how: str = "direct") -> None:
     """Copy the weights of `folder` into `model`, plain or sharded (DTensor), casting to the dtype that is there.
 
     `model` is a `Decoder` or its stages, perhaps after `fully_shard` and tensor parallelism, and materialised
-    (`to_empty`). Raises ValueError naming the tensor when the files lack one, hold another shape, or hold one that the
-    model has no place for. `how`:
+    (`to_empty`). Raises ValueError naming the tensor when the files lack one, hold another shape or no plain numbers,
+    or hold one that the model has no place for. `how`:
 
     direct     every rank opens the files, reads the slices it holds and talks to nobody: for a disk of its own, or a
                file system that serves many readers.
@@ -149,10 +152,29 @@ def _check_files(files: dict[str, Any], config: ModelConfig, folder: Path) -> di
     for ours, source in sources.items():
         expected = source.shape(shapes[ours])
         for name in source.names:
-            stored = files[name].get_slice(name).get_shape()
-            if stored != expected:
-                raise ValueError(f"{name} in {folder} has shape {stored}, its config.json asks for {expected}.")
+            stored = files[name].get_slice(name)
+            if (shape := stored.get_shape()) != expected:
+                raise ValueError(f"{name} in {folder} has shape {shape}, its config.json asks for {expected}.")
+            if (kind := stored.get_dtype()) not in FLOATS:
+                raise ValueError(f"{name} in {folder} is stored as {kind}: convert it to {' or '.join(FLOATS)} first.")
+    if config.tied_embeddings and HEAD in files:
+        _check_tied(files, sources["embed_tokens.weight"].name, folder)
     return sources
+
+
+def _check_tied(files: dict[str, Any], embedding: str, folder: Path) -> None:
+    """Raise a ValueError when files that repeat a tied head hold another one: transformers then ties nothing. Some rows
+    tell, for training a head moves all of them."""
+    head, embedded = (files[name].get_slice(name) for name in (HEAD, embedding))
+    rows = embedded.get_shape()[0]
+    sample = range(0, rows, max(1, rows // 64))
+    if head.get_shape() != embedded.get_shape() or not all(
+        (head[r : r + 1] == embedded[r : r + 1]).all() for r in sample
+    ):
+        raise ValueError(
+            f"{HEAD} in {folder} is not {embedding}, though its config.json ties them: say tie_word_embeddings false "
+            "there to train both, or remove the tensor."
+        )
 
 
 def is_stacked(names: Iterable[str]) -> bool:
@@ -161,16 +183,27 @@ def is_stacked(names: Iterable[str]) -> bool:
 
 
 def open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """For every tensor name in the folder the open file that holds it."""
+    """For every tensor name in the folder the open file that holds it, where there is an index the one that it names."""
     check_weights(folder, from_scratch=False)
-    where = read_json(folder / INDEX)["weight_map"] if (folder / INDEX).exists() else None
+    where = _read_index(folder / INDEX) if (folder / INDEX).exists() else {}
     files = {}
-    for name in [WEIGHTS] if where is None else sorted(set(where.values())):
+    for name in sorted(set(where.values())) or [WEIGHTS]:
         try:
             files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder / name} cannot be read as safetensors ({error}): download it again.") from None
-    return {tensor: file for file in files.values() for tensor in file.keys()}  # noqa: SIM118 (not a dict)
+    names = {name: set(file.keys()) for name, file in files.items()}
+    held = {tensor: files[name] for name, tensors in names.items() for tensor in tensors}
+    return held | {tensor: files[name] for tensor, name in where.items() if tensor in names[name]}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name → name of the file that holds it."""
+    content = read_json(path)
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    if not (isinstance(where, dict) and where and all(isinstance(name, str) for name in where.values())):
+        raise ValueError(f"{path} has no weight_map that says which file holds which tensor: download it again.")
+    return where
 
 
 def _refuse_misfits(names: Collection[str], sources: dict[str, Source], config: ModelConfig, folder: Path) -> None:
@@ -180,7 +213,7 @@ def _refuse_misfits(names: Collection[str], sources: dict[str, Source], config: 
     for name in wanted:
         if name not in names:
             raise ValueError(f"{folder} holds no tensor {name!r}: its weights are not those its config.json describes.")
-    repeated = {"lm_head.weight"} if config.tied_embeddings else set()
+    repeated = {HEAD} if config.tied_embeddings else set()
     unknown = sorted(
         name
         for name in set(names) - set(wanted) - repeated

@@ -23,6 +23,9 @@ from train.model.initialize import init_weights
 from train.model.sources import weight_sources
 
 
+EMBEDDING = "model.embed_tokens.weight"
+
+
 def load_plain(folder: Path) -> Decoder:
     with torch.device("meta"):
         model = Decoder(hf.read_config(folder))
@@ -168,13 +171,40 @@ def test_weights_that_do_not_fit_are_named(tiny_llama_dir, tmp_path):
         ({name: None}, f"no tensor '{name}'"),
         ({name: torch.zeros(3, 4)}, rf"{name} in .* has shape \[3, 4\], its config.json asks for \[112, 64\]"),
         ({"model.extra.weight": torch.zeros(2)}, "1 tensors without a place in a llama model, 'model.extra.weight'"),
+        ({name: good[name].to(torch.float8_e4m3fn)}, f"{name} in .* is stored as F8_E4M3: convert it to F64 or F32"),
+        ({name: good[name].to(torch.int8)}, f"{name} in .* is stored as I8: convert it to F64 or F32"),
+        ({hf.HEAD: good[EMBEDDING] + 1}, f"{hf.HEAD} in .* is not {EMBEDDING}, though its config.json ties them"),
     ):
         save_file({n: t for n, t in (good | change).items() if t is not None}, folder / hf.WEIGHTS)
         with pytest.raises(ValueError, match=message):
             hf.load_weights(model, folder)
     # what old files repeat is no error
-    save_file(good | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}, folder / hf.WEIGHTS)
+    repeated = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8), hf.HEAD: good[EMBEDDING].clone()}
+    save_file(good | repeated, folder / hf.WEIGHTS)
     hf.load_weights(model, folder)
+
+
+def test_of_several_files_that_hold_a_tensor_the_index_says_which(tiny_llama_dir, tmp_path):
+    folder = shutil.copytree(tiny_llama_dir, tmp_path / "several")
+    good = load_file(folder / hf.WEIGHTS)
+    (folder / hf.WEIGHTS).unlink()
+    where = dict.fromkeys(good, "b.safetensors") | {EMBEDDING: "a.safetensors"}
+    for name in ("a", "b", "c"):
+        wrong = {tensor: value + 1 for tensor, value in good.items() if where[tensor] != f"{name}.safetensors"}
+        save_file(good | wrong, folder / f"{name}.safetensors")
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": where}))
+    model = load_plain(folder)
+    assert torch.equal(model.embed_tokens.weight, good[EMBEDDING])
+    assert torch.equal(model.norm.weight, good["model.norm.weight"])
+
+
+@pytest.mark.parametrize("content", [{"metadata": {}}, [1], {"weight_map": {}}, {"weight_map": {EMBEDDING: 3}}])
+def test_an_index_that_is_none_is_refused(content, tiny_llama_dir, tmp_path):
+    folder = shutil.copytree(tiny_llama_dir, tmp_path / "indexed")
+    model = load_plain(folder)
+    (folder / hf.INDEX).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map that says which file holds which tensor"):
+        hf.load_weights(model, folder)
 
 
 def test_meta_parameters_are_refused(tiny_llama_dir):
