@@ -111,11 +111,12 @@ def open_shards(folder: str, vocab_size: int | None = None) -> PackedDataset:
         )
     if len(dataset) == 0:
         raise ValueError(f"{folder}: holds no pack")
-    needed = max(manifest.vocab_size, manifest.largest_id + 1)
-    if vocab_size is not None and vocab_size < needed:
+    # Ids that occur: published tokenizers have more than their model embeds (that of Gemma 3 1B has one for images).
+    largest = max(manifest.largest_id, manifest.pad_id)
+    if vocab_size is not None and vocab_size <= largest:
         raise ValueError(
-            f"the model has {vocab_size} token embeddings, but {folder} was packed with a vocabulary of {needed}; "
-            "pack with the tokenizer of this model, or take the model of that tokenizer"
+            f"the model has {vocab_size} token embeddings, but {folder} holds the id {largest}, of a tokenizer of "
+            f"{manifest.vocab_size}; pack with the tokenizer of this model, or take the model of that tokenizer"
         )
     return dataset
 
@@ -125,7 +126,7 @@ class PackedLoader:
 
     Use: `facts = loader.next_step()`, then `for row in loader.rows(): …` to the end, again and again; `stall_seconds`
     is how long the rows of the current step had to be waited for, `pairs` the query-key pairs within each of `windows`
-    of the rows handed out in it. `close()` ends the thread.
+    of the rows handed out in it. `close()` ends the thread. Ids that are not below `vocab_size` are refused.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class PackedLoader:
         consumed: int = 0,
         verify: bool = True,
         windows: tuple[int, ...] = (),
+        vocab_size: int | None = None,
     ):
         self._dataset, self._schedule, self._verify = dataset, schedule, verify
         self._dp_rank, self._dp_size, self._device = dp_rank, dp_size, device
@@ -154,7 +156,8 @@ class PackedLoader:
         pinned = device.type == "cuda"
         self._free: queue.SimpleQueue[Run | None] = queue.SimpleQueue()  # the buffers bound both queues
         for _ in range(RUNS):
-            self._free.put(Run(dataset, run_length, schedule.micro_packs, cut, pinned=pinned, windows=windows))
+            of_run = {"pinned": pinned, "windows": windows, "vocab_size": vocab_size}
+            self._free.put(Run(dataset, run_length, schedule.micro_packs, cut, **of_run))
         self._ready: queue.SimpleQueue[Run | BaseException] = queue.SimpleQueue()
         self._in_use: Run | None = None
         self._next_in_use = 0
@@ -171,7 +174,7 @@ class PackedLoader:
     def rows(self) -> Iterator[MicroBatch]:
         """The rows of the step that `next_step` announced, equally many on every rank.
 
-        Raises: ValueError when a pack is damaged.
+        Raises: ValueError when a pack is damaged, or has an id outside the vocabulary.
         """
         for _ in range(self.row_count):
             if self._in_use is None or self._next_in_use == self._in_use.filled:

@@ -37,7 +37,7 @@ class RowPlan(NamedTuple):
     """How rows are laid out. Each pack takes `capacity` tokens; its slots are multiples of `align`, into which they are
     moved where `relaid`. Only tokens `first` to `stop` of each row are wanted (all where slots are re-laid). Padding
     has the id `pad_id`, in segments of at most `longest_tail`. No row's longest segment counts as shorter than
-    `shortest_max`."""
+    `shortest_max`. Ids must be below `vocabulary`."""
 
     capacity: int
     align: int
@@ -47,6 +47,7 @@ class RowPlan(NamedTuple):
     longest_tail: int
     pad_id: int
     shortest_max: int
+    vocabulary: int
 
 
 @numba.njit(nogil=True, cache=True)
@@ -80,9 +81,11 @@ def fill_rows(places, plan, ids, labels, positions, cu_seqlens, seq_lens, max_se
                 if used < 0 or segments + documents - (used - plan.capacity) // plan.longest_tail > seq_lens.shape[1]:
                     return r * packs + k
                 if plan.relaid:
-                    _fill_relaid(pack, plan, first, to, segments)
+                    highest = _fill_relaid(pack, plan, first, to, segments)
                 else:
-                    _fill_as_it_lies(pack, first, begin, stop, to, segments)
+                    highest = _fill_as_it_lies(pack, first, begin, stop, to, segments)
+                if highest >= plan.vocabulary:
+                    return r * packs + k
                 segments += documents
                 longest = max(longest, pack[2].max())
             segments = _fill_tail(used, first, begin, stop, plan, to, segments)
@@ -139,7 +142,8 @@ def _used(pack, plan):
 
 @numba.njit(nogil=True, cache=True)
 def _fill_as_it_lies(pack, first, begin, stop, to, segments):
-    """Write tokens `begin` to `stop` of one pack, and the ends of all its slots, `first` tokens into the row.
+    """Write tokens `begin` to `stop` of one pack, and the ends of all its slots, `first` tokens into the row; returns
+    the highest of these ids (as uint32, so that a negative one is none of any vocabulary).
 
     The formulas are those of `formats.layout` (shift_labels, position_ids), fused. A label looks one token ahead and
     may do so across slots: the first token of a document is never a target.
@@ -148,6 +152,7 @@ def _fill_as_it_lies(pack, first, begin, stop, to, segments):
     row_ids, row_labels, row_positions, cu_seqlens, seq_lens = to
     stop = min(stop, len(ids))
     last = min(stop, len(ids) - 1)  # of the labels that look ahead
+    highest = np.uint32(0)
     for block in range(begin, last, BLOCK):
         # Slices taken first: their indices cannot be negative, which lets the loop become vector instructions.
         here, ahead = slice(block, min(block + BLOCK, last)), slice(block + 1, min(block + BLOCK, last) + 1)
@@ -161,15 +166,18 @@ def _fill_as_it_lies(pack, first, begin, stop, to, segments):
         for t in range(len(from_ids)):
             to_ids[t] = from_ids[t]
             to_labels[t] = next_ids[t] if next_mask[t] else IGNORE_INDEX
+            highest = max(highest, np.uint32(from_ids[t]))
     if begin <= last < stop:
         row_ids[last] = ids[last]
         row_labels[last] = IGNORE_INDEX
+        highest = max(highest, np.uint32(ids[last]))
     start = 0
     for s in range(len(slots)):
         _count(row_positions, start, slots[s], begin, stop)
         start += slots[s]
         seq_lens[segments + s] = lens[s]
         cu_seqlens[segments + s + 1] = first + start
+    return highest
 
 
 @numba.njit(nogil=True, cache=True)
@@ -188,6 +196,7 @@ def _fill_relaid(pack, plan, first, to, segments):
     ids, mask, lens, slots = pack
     row_ids, row_labels, row_positions, cu_seqlens, seq_lens = to
     source = start = 0
+    highest = np.uint32(0)
     for s in range(len(slots)):
         length = lens[s]
         room = (length + align - 1) // align * align
@@ -198,11 +207,14 @@ def _fill_relaid(pack, plan, first, to, segments):
         for t in range(length - 1):
             to_labels[t] = next_ids[t] if next_mask[t] else IGNORE_INDEX
         to_labels[length - 1 :] = IGNORE_INDEX
+        for t in range(source, source + length):
+            highest = max(highest, np.uint32(ids[t]))
         _count(row_positions, start, room, 0, len(row_ids))
         source += slots[s]
         start += room
         seq_lens[segments + s] = length
         cu_seqlens[segments + s + 1] = first + start
+    return highest
 
 
 @numba.njit(nogil=True, cache=True)

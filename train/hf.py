@@ -167,10 +167,8 @@ def _check_tied(files: dict[str, Any], embedding: str, folder: Path) -> None:
     tell, for training a head moves all of them."""
     head, embedded = (files[name].get_slice(name) for name in (HEAD, embedding))
     rows = embedded.get_shape()[0]
-    sample = range(0, rows, max(1, rows // 64))
-    if head.get_shape() != embedded.get_shape() or not all(
-        (head[r : r + 1] == embedded[r : r + 1]).all() for r in sample
-    ):
+    sample = (slice(row, row + 1) for row in range(0, rows, max(1, rows // 64)))
+    if head.get_shape() != embedded.get_shape() or not all((head[row] == embedded[row]).all() for row in sample):
         raise ValueError(
             f"{HEAD} in {folder} is not {embedding}, though its config.json ties them: say tie_word_embeddings false "
             "there to train both, or remove the tensor."
@@ -183,7 +181,7 @@ def is_stacked(names: Iterable[str]) -> bool:
 
 
 def open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """For every tensor name in the folder the open file that holds it, where there is an index the one that it names."""
+    """For every tensor name in the folder the open file that holds it: where there is an index, the one it names."""
     check_weights(folder, from_scratch=False)
     where = _read_index(folder / INDEX) if (folder / INDEX).exists() else {}
     files = {}

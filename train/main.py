@@ -190,6 +190,7 @@ def train(config: Config) -> None:
         consumed=position.consumed,
         verify=config.data.verify != "off",
         windows=flops.windows,
+        vocab_size=model_config.vocab_size,
     )
     profiler = StepProfiler(out, config.run.profile, device)
     if config.run.profile and steps - position.step <= SKIPPED:
@@ -299,7 +300,15 @@ def evaluate_packs(
         config.layout.sequence,
         config.model.attention,
     )
-    loader = PackedLoader(dataset, schedule, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, device=device, cut=cut)
+    loader = PackedLoader(
+        dataset,
+        schedule,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        device=device,
+        cut=cut,
+        vocab_size=model.config.vocab_size,
+    )
     try:
         return evaluate(model, loader, schedule.steps(1), mesh, metrics.evaluating)
     finally:

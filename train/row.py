@@ -51,6 +51,8 @@ def _cloned(value: Any) -> Any:
 
 
 _NOWHERE = 0, 0
+ANY_ID = 1 << 32
+"""A vocabulary in which every id is found."""
 
 
 class Run:
@@ -68,6 +70,7 @@ class Run:
         *,
         pinned: bool,
         windows: tuple[int, ...] = (),
+        vocab_size: int | None = None,
     ):
         manifest, index, lay = dataset.manifest, dataset.index, choose_lay(dataset, cut)
         capacity = lay.capacity
@@ -90,7 +93,7 @@ class Run:
         rows["position_ids"][:, tokens - rest :] = torch.arange(rest)
         self._plan = RowPlan(
             *(capacity, lay.align, lay.relaid, *cut.held(tokens)),
-            *(longest_tail, manifest.pad_id, max(TAIL_SEGMENT, rest)),
+            *(longest_tail, manifest.pad_id, max(TAIL_SEGMENT, rest), vocab_size or ANY_ID),
         )
         self._dataset, self._windows = dataset, windows
         self._copied = torch.cuda.Event() if pinned else None
@@ -106,8 +109,8 @@ class Run:
         """Copy `packs` (ids for every row, `EMPTY` for none) from the maps, and derive labels, positions and segments.
         `step_tokens` are the real tokens of the steps that the rows are of.
 
-        Raises: ValueError when a pack's hash is not the one in the index, or when it is no pack. The rows before it are
-        filled.
+        Raises: ValueError when a pack's hash is not the one in the index, when it is no pack, or has an id outside the
+        vocabulary. The rows before it are filled.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -138,6 +141,13 @@ class Run:
         self._dataset.check(number)
         manifest = self._dataset.manifest
         check_thd(*self._dataset[number][:4], capacity=manifest.capacity, align=manifest.align)
+        ids = self._dataset[number].input_ids.view(np.uint32)
+        if ids.max() >= self._plan.vocabulary:
+            raise ValueError(
+                f"pack {number} holds the id {ids[ids >= self._plan.vocabulary][0].view(np.int32)}, and the model has "
+                f"{self._plan.vocabulary} token embeddings, though the manifest says that none is above "
+                f"{manifest.largest_id}; pack again with the tokenizer of this model"
+            )
         raise ValueError(f"pack {number}: its documents are not those that packs.arrow counts; pack again")
 
 

@@ -107,7 +107,11 @@ def spoil(case, folder, flags):
     if case == "sequence ids":
         return flags(shards=make_shards(shards, rows, capacity=160, align=4, kind="seqid"))
     if case == "vocabulary":
-        return flags(shards=make_shards(shards, rows, capacity=160, align=4, vocab_size=321))
+        return flags(shards=make_shards(shards, rows, capacity=160, align=4, largest_id=320))
+    if case.endswith("ids beyond"):
+        rows = random_packs(np.random.default_rng(5), 3, 160, 4, 400)
+        make_shards(shards, rows, capacity=160, align=4, vocab_size=320, largest_id=319)
+        return flags(**{"eval_shards" if "evaluation" in case else "shards": shards})
     if case == "train and eval":
         for part in ("train", "eval"):
             make_shards(shards / part, rows, capacity=160, align=4)

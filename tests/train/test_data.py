@@ -293,15 +293,13 @@ def test_sequence_id_shards_are_refused_naming_the_conversion(tmp_path):
 
 
 def test_a_model_with_too_few_embeddings_is_refused(tmp_path):
+    """Ids that occur must be embedded, and padding; a tokenizer may have more of them (Gemma 3 1B: one for images)."""
     rows = random_packs(np.random.default_rng(1), 2, 64, 1, 50)
-    folder = make_shards(tmp_path / "s", rows, capacity=64, vocab_size=60)
-    with pytest.raises(ValueError, match=r"the model has 59 token embeddings, but .* a vocabulary of 60"):
-        open_shards(folder, 59)
-    assert len(open_shards(folder, 60)) == 2
-    beyond = make_shards(tmp_path / "added", rows, capacity=64, vocab_size=60, largest_id=60)  # an added token
-    with pytest.raises(ValueError, match=r"the model has 60 token embeddings, but .* a vocabulary of 61"):
-        open_shards(beyond, 60)
-    assert len(open_shards(beyond, 61)) == 2
+    for number, (largest, pad) in enumerate([(57, 0), (40, 57)]):
+        folder = make_shards(tmp_path / str(number), rows, capacity=64, vocab_size=60, largest_id=largest, pad_id=pad)
+        with pytest.raises(ValueError, match=r"has 57 token embeddings, but .* holds the id 57, of a tokenizer of 60;"):
+            open_shards(folder, 57)
+        assert len(open_shards(folder, 58)) == 2
 
 
 @pytest.mark.parametrize(
@@ -331,3 +329,26 @@ def test_the_prefetch_thread_stands_on_the_gpu_of_its_rank(shards, monkeypatch):
     next(loader.rows())
     loader.close()
     assert seen == [("prefetch", device)]
+
+
+@pytest.mark.parametrize("bad", [50, -1, 2**31 - 1])
+@pytest.mark.parametrize("at", ["first", "last", "padding"])
+@pytest.mark.parametrize("cut", [Cut(), Cut(2, 0, "mixed")], ids=["as it lies", "re-laid"])
+def test_an_id_that_the_model_does_not_embed_is_refused_whatever_the_manifest_says(tmp_path, cut, at, bad):
+    """On CUDA it would end in an assertion of the device, steps later."""
+    lens, slots = np.array([30, 29], np.int32), np.array([30, 30], np.int32)
+    good = np.full(60, 49, np.int32), np.zeros(60, np.uint8), lens, slots, np.arange(2), np.zeros(2, np.int32)
+    ids = good[0].copy()
+    ids[{"first": 0, "last": 58, "padding": 59}[at]] = bad
+    folder = make_shards(tmp_path / "s", [good, (ids, *good[1:]), good], capacity=80, order="input", largest_id=49)
+    plan = Schedule(3, "input", 0, 0, 3, 1)
+    loader = PackedLoader(open_shards(folder, 50), plan, dp_rank=0, dp_size=1, device=CPU, cut=cut, vocab_size=50)
+    loader.next_step()
+    rows = loader.rows()
+    assert next(rows).input_ids.max() == 49
+    if at == "padding" and cut.kind == "mixed":  # written anew
+        assert next(rows).input_ids.max() == 49
+    else:
+        with pytest.raises(ValueError, match=f"pack 1 holds the id {bad}, and the model has 50 token embeddings"):
+            next(rows)
+    loader.close()

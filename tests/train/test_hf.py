@@ -22,7 +22,6 @@ from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.model.sources import weight_sources
 
-
 EMBEDDING = "model.embed_tokens.weight"
 
 

@@ -27,6 +27,14 @@ from train.flags import parse
         ("other version", "format version 99"),
         ("damaged", "is damaged: its hash is not the one in packs.arrow"),
         ("damaged, looked at whole", "00000.arrow: damaged, its checksum is not the one in the manifest"),
+        (
+            "damaged manifest, ids beyond",
+            " and the model has 320 token embeddings, though the manifest says",
+        ),
+        (
+            "damaged evaluation, ids beyond",
+            " and the model has 320 token embeddings, though the manifest says",
+        ),
         ("truncated", "bytes, but the manifest says"),
         ("sequence ids", "prep convert"),
         ("vocabulary", "the model has 320 token embeddings, but"),
