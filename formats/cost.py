@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from formats.defaults import complete
+
 TRAINING = 3
 """Forward and backward over forward."""
 
@@ -46,7 +48,7 @@ class Model:
 
         Raises ValueError naming the field that is missing.
         """
-        text = config.get("text_config", config)
+        text = complete(config)
         hidden, layers = _field(text, "hidden_size"), _field(text, "num_hidden_layers")
         heads = _field(text, "num_attention_heads")
         if text.get("kv_lora_rank"):
@@ -82,6 +84,21 @@ def causal_pairs(seq_lens: np.ndarray, window: int = 0) -> np.ndarray:
     return inside * (inside + 1) // 2 + (s - inside) * window
 
 
+def num_experts(config: Mapping) -> int:
+    """Experts of a layer that has any; 0 in a dense model. Of a complete configuration (`formats.defaults`)."""
+    return config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 0
+
+
+def holds_experts(config: Mapping, layer: int) -> bool:
+    """Whether a layer has a mixture of experts in place of its MLP, in a complete configuration."""
+    return (
+        num_experts(config) > 0
+        and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
+        and layer >= (config.get("first_k_dense_replace") or 0)
+        and layer not in (config.get("mlp_only_layers") or ())
+    )
+
+
 def _latent_attention(config: Mapping) -> tuple[int, int]:
     """(FLOPs per token of the projections, per pair) of latent attention (DeepSeek-V3): queries and keys have other
     dimensions than values, and both come from vectors of a low rank."""
@@ -97,22 +114,21 @@ def _latent_attention(config: Mapping) -> tuple[int, int]:
 def _feed_forward(config: Mapping, layer: int) -> int:
     """FLOPs per token of one layer's MLP (gate, up, down) or of the experts that a token visits."""
     hidden = config["hidden_size"]
-    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
-    if experts and layer >= config.get("first_k_dense_replace", 0) and layer not in config.get("mlp_only_layers", ()):
+    if holds_experts(config, layer):
         width = config.get("moe_intermediate_size") or _field(config, "intermediate_size")
         shared = (config.get("n_shared_experts") or 0) * width + (config.get("shared_expert_intermediate_size") or 0)
-        return 6 * hidden * (_field(config, "num_experts_per_tok") * width + shared) + 2 * hidden * experts
+        return 6 * hidden * (_field(config, "num_experts_per_tok") * width + shared) + 2 * hidden * num_experts(config)
     return 6 * hidden * _field(config, "intermediate_size")
 
 
 def _windows(config: Mapping, layers: int) -> tuple[int, ...]:
     """The window of each layer, 0 where there is none: as `layer_types` lists them, or as files before transformers 5
     say it, each family in its own way."""
-    window = config.get("sliding_window") or 0
+    window = config.get("sliding_window") or 0 if config.get("use_sliding_window", True) else 0
     kinds = config.get("layer_types")
     if kinds is not None:
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    slides = _SLIDES.get(config.get("model_type"), lambda config, layer: config.get("use_sliding_window", True))
+    slides = _SLIDES.get(config.get("model_type"), lambda config, layer: True)
     return tuple(window if slides(config, layer) else 0 for layer in range(layers))
 
 
@@ -126,11 +142,16 @@ def _gemma3(config: Mapping, layer: int) -> bool:
 
 
 def _late_layers(config: Mapping, layer: int) -> bool:
-    return bool(config.get("use_sliding_window")) and layer >= config.get("max_window_layers", 0)
+    return layer >= config["max_window_layers"]
 
 
 def _early_alternating_layers(config: Mapping, layer: int) -> bool:
-    return bool(config.get("use_sliding_window")) and layer % 2 == 0 and layer < config.get("max_window_layers", 28)
+    return layer % 2 == 0 and layer < config["max_window_layers"]
+
+
+def _layers_without_rope(config: Mapping, layer: int) -> bool:
+    turned = config.get("no_rope_layers")
+    return not turned[layer] if turned else (layer + 1) % config["no_rope_layer_interval"] == 0
 
 
 _SLIDES = {
@@ -140,10 +161,9 @@ _SLIDES = {
     "qwen2": _late_layers,
     "qwen2_moe": _early_alternating_layers,
     "qwen3": _late_layers,
-    "qwen3_moe": lambda config, layer: config.get("use_sliding_window", False),
-    "smollm3": _late_layers,
+    "smollm3": _layers_without_rope,
 }
-"""By `model_type`: whether a layer slides a window. Every layer of a type that is not here does."""
+"""By `model_type`: whether a layer slides a window, where windows are on. Of other types every layer does."""
 
 
 def _field(config: Mapping, name: str) -> int:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from formats.cost import TRAINING, Model
+from formats.cost import TRAINING, Model, num_experts
+from formats.defaults import complete
 from formats.layout import slot_alignment
-from prep.inspect.layers import layers, num_experts
+from prep.inspect.layers import layers
 from prep.inspect.memory import Layout, memory, parameters
 from prep.inspect.whatif import Outcome, plan_for
 from prep.packing.balance import straggler
@@ -53,7 +54,7 @@ class Setup:
         """ValueError where the trainer would refuse the model on this mesh."""
         if self.config is None:
             return
-        experts, depth = num_experts(self.config), len(layers(self.config))
+        experts, depth = num_experts(complete(self.config)), len(layers(self.config))
         if self.ep > 1 and not experts:
             raise ValueError(f"--ep {self.ep} is for mixtures of experts, and this model has none: leave it out")
         if self.ep > 1 and experts % self.ep:

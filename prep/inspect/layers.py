@@ -7,6 +7,9 @@ dimensions, F width of the MLP or of an expert.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from formats.cost import holds_experts, num_experts
+from formats.defaults import complete
+
 
 class Layer(NamedTuple):
     """A layer: parameters outside of experts and in all experts, and `products`, those that a token is multiplied with.
@@ -35,14 +38,8 @@ class Layer(NamedTuple):
 def layers(config: Mapping, *, kernel: bool = True, ep: bool = False) -> list[Layer]:
     """The layers of a decoder. `kernel`: experts are computed by one kernel for all, from rows that are gathered
     before and combined after; else one after the other, where none of that is kept. `ep`: rows travel."""
-    text = config.get("text_config", config)
+    text = complete(config)
     return [_layer(text, index, kernel=kernel, ep=ep) for index in range(text["num_hidden_layers"])]
-
-
-def num_experts(config: Mapping) -> int:
-    """Experts of a layer that has any; 0 in a dense model."""
-    text = config.get("text_config", config)
-    return text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 0
 
 
 def head_dim(text: Mapping) -> int:
@@ -69,14 +66,13 @@ def _layer(text: Mapping, index: int, *, kernel: bool, ep: bool) -> Layer:
     # A norm keeps its input, that divided by its size, and where a product follows its result.
     kept += hidden * (10 if before_and_after else 6)
     costly += 3 * hidden  # the input of the layer, and what both halves give
-    count = num_experts(text)
-    sparse = (index + 1) % text.get("decoder_sparse_step", 1) == 0 and index >= text.get("first_k_dense_replace", 0)
-    if not count or not sparse or index in (text.get("mlp_only_layers") or ()):
+    if not holds_experts(text, index):
         width = text["intermediate_size"]
         bias = 2 * width + hidden if text.get("mlp_bias") else 0
         dense += 3 * hidden * width
         return Layer(dense + bias, whole, keys, key_heads, 0, dense, kept + 4 * width, costly + 2 * width, 0)
     width, gpt_oss = text.get("moe_intermediate_size") or text["intermediate_size"], kind == "gpt_oss"
+    count = num_experts(text)
     visited, gated = text["num_experts_per_tok"], text.get("shared_expert_intermediate_size") or 0
     shared = (text.get("n_shared_experts") or 0) * width + gated
     beside = hidden * count + (hidden if gated else 0)
@@ -103,9 +99,9 @@ def _attention(text: Mapping) -> tuple[int, int, int, int, int]:
     keys = text.get("num_key_value_heads") or heads
     count = hidden * dim * 2 * (heads + keys)
     of_keys, whole = 2 * hidden * dim * keys, 0
-    if kind == "qwen2" or (kind == "qwen2_moe" and text.get("qkv_bias", True)):
+    if kind == "qwen2" or (kind == "qwen2_moe" and text["qkv_bias"]):
         count, of_keys = count + (heads + 2 * keys) * dim, of_keys + 2 * keys * dim
-    elif text.get("attention_bias", kind == "gpt_oss"):
+    elif text.get("attention_bias"):
         count, of_keys, whole = count + (heads + 2 * keys) * dim + hidden, of_keys + 2 * keys * dim, hidden
     costly = kept = 2 * dim * (heads + keys)
     if kind in ("qwen3", "qwen3_moe", "gemma3_text"):

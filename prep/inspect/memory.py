@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from formats.defaults import complete
 from formats.stages import EMBEDDING_OVER_HEAD, split_by_cost
 from prep.inspect.layers import Layer, key_width, layers
 
@@ -42,8 +43,9 @@ class Layout:
 
 def parameters(config: Mapping) -> int:
     """Parameters of a decoder by its Hugging Face `config.json`: those that the trainer makes of it."""
-    text = config.get("text_config", config)
-    ends = text["vocab_size"] * text["hidden_size"] * (1 if _tied(text) else 2) + text["hidden_size"]
+    text = complete(config)
+    matrices = 1 if text.get("tie_word_embeddings") else 2
+    ends = text["vocab_size"] * text["hidden_size"] * matrices + text["hidden_size"]
     return ends + sum(layer.dense + layer.experts for layer in layers(config))
 
 
@@ -59,7 +61,7 @@ def memory(config: Mapping, layout: Layout) -> dict[str, int]:
     chunk of logits and the gradient of its weight, and of the optimizer's temporaries. Experts are taken to be equally
     busy. What CUDA, NCCL and fragmentation take (2 GiB or so) is not counted.
     """
-    text = config.get("text_config", config)
+    text = complete(config)
     every = layers(config, kernel=layout.gpu, ep=layout.ep > 1)
     head = float(text["vocab_size"] * text["hidden_size"])
     sizes = split_by_cost([layer.products for layer in every], layout.pp, EMBEDDING_OVER_HEAD * head, head)
@@ -73,7 +75,7 @@ def _of_stage(text: Mapping, stage: list[Layer], number: int, layout: Layout) ->
     """`memory` on a rank that holds these layers, under 1F1B."""
     hidden, vocabulary = text["hidden_size"], text["vocab_size"]
     first, last = number == 0, number == layout.pp - 1
-    matrices = 1 if layout.pp == 1 and _tied(text) else first + last
+    matrices = 1 if layout.pp == 1 and text.get("tie_word_embeddings") else first + last
     ends = vocabulary * hidden * matrices // layout.tp
     dense = sum(layer.dense_of(layout.tp) for layer in stage) + ends
     experts = sum(layer.experts for layer in stage) // layout.ep
@@ -125,7 +127,3 @@ def _head(tokens: int, hidden: int, vocabulary: int, layout: Layout) -> int:
     logits = chunk * vocabulary * (4 if layout.bytes == 4 else layout.bytes + 4)
     weight = vocabulary * hidden * (4 if layout.bytes == 4 else layout.bytes + 4)
     return 3 * tokens * hidden * layout.bytes + logits + weight
-
-
-def _tied(text: Mapping) -> bool:
-    return bool(text.get("tie_word_embeddings", text.get("model_type") in ("gemma2", "gemma3_text", "smollm3")))

@@ -33,7 +33,6 @@ GEMMA_BLOCK = LLAMA_BLOCK | POST_NORMS | {"mlp_norm": "pre_feedforward_layernorm
 OLMO2_BLOCK = (
     {ours: theirs for ours, theirs in LLAMA_BLOCK.items() if not ours.endswith("_norm")} | POST_NORMS | QK_NORMS
 )
-GEMMA_DEFAULTS = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
 PHI3_BLOCK = LLAMA_BLOCK | {
     "attention.q_proj": "self_attn.qkv_proj",
     "attention.k_proj": "self_attn.qkv_proj",
@@ -74,7 +73,6 @@ def _gemma(keys: Keys, **differences: Any) -> ModelConfig:
     return read_common(
         keys,
         activation=keys.activation("hidden_activation", "gelu_pytorch_tanh"),
-        tied_embeddings=keys.take("tie_word_embeddings", True),
         attention_scale=keys.take("query_pre_attn_scalar", 256) ** -0.5,
         embedding_scale=float(np.float32(keys.take("hidden_size") ** 0.5)),  # stored in float32 where it was trained
         logit_softcap=keys.take("final_logit_softcapping", None),
@@ -118,7 +116,7 @@ def _phi3(keys: Keys) -> ModelConfig:
 
 def _smollm3(keys: Keys) -> ModelConfig:
     """Every fourth layer has no position embedding (NoPE), and where windows are on, those layers have one."""
-    count, period = keys.take("num_hidden_layers"), keys.take("no_rope_layer_interval", 4)
+    count, period = keys.take("num_hidden_layers"), keys.take("no_rope_layer_interval")
     turned = keys.take("no_rope_layers", None) or [int((index + 1) % period != 0) for index in range(count)]
     if len(turned) != count:
         raise ValueError(f"no_rope_layers of config.json must name each of the {count} layers, not {len(turned)}.")
@@ -135,7 +133,6 @@ def _smollm3(keys: Keys) -> ModelConfig:
     return read_common(
         keys,
         layers=layers,
-        tied_embeddings=keys.take("tie_word_embeddings", True),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=keys.take("mlp_bias", False),
@@ -151,44 +148,14 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("llama", "LlamaForCausalLM", _llama, LLAMA_BLOCK),
-        Family(
-            "mistral",
-            "MistralForCausalLM",
-            _mistral,
-            LLAMA_BLOCK,
-            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-        ),
-        Family(
-            "qwen2",
-            "Qwen2ForCausalLM",
-            _qwen2,
-            LLAMA_BLOCK,
-            defaults={"num_key_value_heads": 32, "sliding_window": 4096},
-        ),
-        Family(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            _qwen3,
-            LLAMA_BLOCK | QK_NORMS,
-            defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
-        ),
-        Family(
-            "gemma2",
-            "Gemma2ForCausalLM",
-            _gemma2,
-            GEMMA_BLOCK,
-            defaults=GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        ),
-        Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, GEMMA_BLOCK | QK_NORMS, defaults=GEMMA_DEFAULTS),
-        Family("phi3", "Phi3ForCausalLM", _phi3, PHI3_BLOCK, PHI3_FUSED, defaults={"rms_norm_eps": 1e-5}),
-        Family(
-            "smollm3",
-            "SmolLM3ForCausalLM",
-            _smollm3,
-            LLAMA_BLOCK,
-            defaults={"num_key_value_heads": 4, "rope_theta": 2e6},
-        ),
-        Family("olmo2", "Olmo2ForCausalLM", _olmo2, OLMO2_BLOCK, defaults={"rms_norm_eps": 1e-5}),
+        Family("mistral", "MistralForCausalLM", _mistral, LLAMA_BLOCK),
+        Family("qwen2", "Qwen2ForCausalLM", _qwen2, LLAMA_BLOCK),
+        Family("qwen3", "Qwen3ForCausalLM", _qwen3, LLAMA_BLOCK | QK_NORMS),
+        Family("gemma2", "Gemma2ForCausalLM", _gemma2, GEMMA_BLOCK),
+        Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, GEMMA_BLOCK | QK_NORMS),
+        Family("phi3", "Phi3ForCausalLM", _phi3, PHI3_BLOCK, PHI3_FUSED),
+        Family("smollm3", "SmolLM3ForCausalLM", _smollm3, LLAMA_BLOCK),
+        Family("olmo2", "Olmo2ForCausalLM", _olmo2, OLMO2_BLOCK),
         *SPARSE_FAMILIES,
     )
 }
@@ -211,7 +178,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         raise ValueError(
             f"config.json names {architectures}: among models of type {kind!r} only {family.architecture} is supported."
         )
-    keys = Keys(kind, config, family.defaults)
+    keys = Keys(kind, config)
     result = family.read(keys)
     keys.finish()
     check_sizes(result)

@@ -28,11 +28,10 @@ class Family:
     it, to the file's; "{}" in a name of the file stands for the number of the expert that the tensor belongs to.
 
     `fused` names the file tensors that hold several of our parameters, one below the other in this order, or row by row
-    in turn (`interleaved`). `defaults` are the values of keys that a `config.json` may leave out and that other
-    families take otherwise, as the published configuration class has them. `transposed` names file tensors whose last
-    two dims are swapped. `stacked` is what differs from `block` in files that hold all experts of a projection in one
-    tensor. A family may have `extra_layers` after its last one, which predict further tokens: they are neither read nor
-    written.
+    in turn (`interleaved`). `transposed` names file tensors whose last two dims are swapped. `stacked` is what differs
+    from `block` in files that hold all experts of a projection in one tensor. A family may have `extra_layers` after
+    its last one, which predict further tokens: they are neither read nor written. What a `config.json` of the family
+    may leave out stands in `formats.defaults`.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Family:
     read: Callable[[Keys], ModelConfig]
     block: dict[str, str]
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    defaults: dict[str, Any] = field(default_factory=dict)
     stacked: dict[str, str] = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
@@ -109,7 +107,7 @@ def read_qwen_layers(keys: Keys) -> tuple[LayerConfig, ...]:
     """Windows are off unless `use_sliding_window`, then in the layers from `max_window_layers` on."""
     window = keys.take("sliding_window", None) if keys.take("use_sliding_window", False) else None
     keys.take("sliding_window", None)
-    first = keys.take("max_window_layers", 28)
+    first = keys.take("max_window_layers")
     slides = read_sliding(keys, lambda index: window is not None and index >= first)
     windows = tuple(window if sliding else None for sliding in slides)
     return with_windows(keys, read_rope(keys, read_head_dim(keys)), windows)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from formats.defaults import DEFAULTS
 from train.model.config import Rope
 from train.model.kinds import check_kind
 
@@ -44,11 +45,11 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 
 class Keys:
     """The keys of one `config.json`, each to be taken once; `finish` refuses what nobody took. `known` are those that
-    were asked for; `defaults` are the family's own, for keys that are absent."""
+    were asked for. Absent keys have the value that `formats.defaults` gives them."""
 
-    def __init__(self, family: str, config: Mapping[str, Any], defaults: Mapping[str, Any]):
+    def __init__(self, family: str, config: Mapping[str, Any]):
         self.family = family
-        self._defaults = defaults
+        self._defaults = DEFAULTS.get(family, {})
         self._left = {key: value for key, value in config.items() if key not in IRRELEVANT}
         self._config = config
         self.known: set[str] = set()

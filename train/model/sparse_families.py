@@ -103,7 +103,7 @@ def _qwen2_moe(keys: Keys) -> ModelConfig:
     """Where windows are on, every second of the layers before `max_window_layers` has one."""
     window = keys.take("sliding_window", None) if keys.take("use_sliding_window", False) else None
     keys.take("sliding_window", None)
-    first_full = keys.take("max_window_layers", 28)
+    first_full = keys.take("max_window_layers")
     slides = read_sliding(keys, lambda index: window is not None and index % 2 == 0 and index < first_full)
     windows = tuple(window if sliding else None for sliding in slides)
     layers = with_windows(keys, read_rope(keys, read_head_dim(keys)), windows)
@@ -115,7 +115,7 @@ def _qwen2_moe(keys: Keys) -> ModelConfig:
         shared_size=keys.take("shared_expert_intermediate_size"),
         shared_gate=True,
     )
-    return read_common(keys, layers=_qwen_sparse(keys, layers), qkv_bias=keys.take("qkv_bias", True), moe=moe)
+    return read_common(keys, layers=_qwen_sparse(keys, layers), qkv_bias=keys.take("qkv_bias", False), moe=moe)
 
 
 def _qwen3_moe(keys: Keys) -> ModelConfig:
@@ -148,7 +148,7 @@ def _deepseek_v3(keys: Keys) -> ModelConfig:
         keys.take(key, None)
     turned = keys.take("qk_rope_head_dim")
     mla = MlaConfig(
-        query_rank=keys.take("q_lora_rank", 1536),
+        query_rank=keys.take("q_lora_rank", None),
         kv_rank=keys.take("kv_lora_rank"),
         rope_dim=turned,
         value_dim=keys.take("v_head_dim"),
@@ -170,7 +170,7 @@ def _deepseek_v3(keys: Keys) -> ModelConfig:
         shared_size=keys.take("moe_intermediate_size") * keys.take("n_shared_experts"),
     )
     layers = with_windows(keys, read_rope(keys, turned))
-    dense = keys.take("first_k_dense_replace", 3)
+    dense = keys.take("first_k_dense_replace")
     bias = keys.take("attention_bias", False)
     return read_common(
         keys,
@@ -208,7 +208,7 @@ def _gpt_oss(keys: Keys) -> ModelConfig:
         swiglu_limit=keys.take("swiglu_limit", 7.0),
         swiglu_alpha=keys.take("swiglu_alpha", 1.702),
     )
-    bias = keys.take("attention_bias", True)
+    bias = keys.take("attention_bias", False)
     layers = tuple(replace(layer, experts=True) for layer in layers)
     return read_common(keys, layers=layers, qkv_bias=bias, output_bias=bias, attention_sinks=True, moe=moe)
 
@@ -220,7 +220,6 @@ SPARSE_FAMILIES = (
         _mixtral,
         LLAMA_BLOCK | MIXTRAL_EXPERTS,
         FUSED,
-        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
         stacked=STACKED | {"mlp.router": "mlp.gate"},
     ),
     Family(
@@ -229,7 +228,6 @@ SPARSE_FAMILIES = (
         _qwen2_moe,
         LLAMA_BLOCK | QWEN_EXPERTS | SHARED_EXPERT | {"mlp.shared_gate": "mlp.shared_expert_gate"},
         FUSED,
-        {"num_key_value_heads": 16, "sliding_window": 4096},
         stacked=STACKED,
     ),
     Family(
@@ -238,7 +236,6 @@ SPARSE_FAMILIES = (
         _qwen3_moe,
         LLAMA_BLOCK | QK_NORMS | QWEN_EXPERTS,
         FUSED,
-        {"num_key_value_heads": 4, "sliding_window": 4096},
         stacked=STACKED,
     ),
     Family(
@@ -256,13 +253,6 @@ SPARSE_FAMILIES = (
         _gpt_oss,
         GPT_OSS_BLOCK,
         FUSED | FUSED_BIAS,
-        {
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": 128,
-            "rope_theta": 150000.0,
-        },
         interleaved=frozenset((*FUSED, *FUSED_BIAS)),
         transposed=frozenset((*FUSED, "mlp.experts.down_proj")),
     ),

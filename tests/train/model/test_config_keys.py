@@ -4,9 +4,13 @@ in a sentence."""
 import re
 
 import pytest
+import torch
 import transformers
 from tiny_models import DENSE, MIXTURES, SIZES
 
+from formats.cost import Model
+from prep.inspect.memory import parameters
+from train.model.decoder import Decoder
 from train.model.families import FAMILIES, model_config
 from train.model.keys import Keys
 
@@ -60,7 +64,7 @@ def described(case):
 def read_keys(described):
     """The keys that the reader of a family asks for, of those that are there."""
     family = FAMILIES[described["model_type"]]
-    keys = Keys(family.name, described, family.defaults)
+    keys = Keys(family.name, described)
     family.read(keys)
     return keys.known & described.keys()
 
@@ -85,6 +89,35 @@ def test_a_key_that_is_left_out_means_what_transformers_takes(case):
             compared += 1
     needed = rf"config.json has no '\w+', which a {whole['model_type']} model needs."
     assert all(re.fullmatch(needed, says) for says in refused)
+    assert compared > 15
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prep_plan_takes_for_a_key_that_is_left_out_what_the_trainer_takes(case):
+    _, whole = described(case)
+    without_derived = {key: value for key, value in whole.items() if key not in DERIVED}
+    compared = 0
+    for base in (whole, without_derived):
+        for key in (None, *sorted(read_keys(base))):
+            part = {name: value for name, value in base.items() if name != key}
+            try:
+                ours = model_config(part)
+            except ValueError:
+                continue
+            with torch.device("meta"):
+                model = Decoder(ours)
+            assert parameters(part) == sum(p.numel() for p in model.parameters()), f"without {key}"
+            cost = Model.from_config(part)
+            assert list(cost.windows) == [layer.window or 0 for layer in ours.layers], f"without {key}"
+            width = ours.head_dim + (ours.mla.value_dim if ours.mla else ours.head_dim)
+            assert cost.pair == 2 * ours.num_heads * width, f"without {key}"
+            visited = sum(
+                p.numel() * (ours.moe.top_k / ours.moe.num_experts if ".experts." in name else 1)
+                for name, p in model.named_parameters()
+                if p.ndim > 1 and not name.endswith("bias") and "embed_tokens" not in name and "lm_head" not in name
+            )
+            assert cost.linear == pytest.approx(2 * (visited + ours.vocab_size * ours.hidden_size), rel=2e-3), key
+            compared += 1
     assert compared > 15
 
 
