@@ -1,5 +1,6 @@
 """Hugging Face datasets by name or local path, through the `datasets` package: `hf:name[:config]#split`."""
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -7,6 +8,9 @@ import xxhash
 
 from prep.encode import files
 from prep.encode.readers import without_nulls
+
+_SAVED = ("state.json", "dataset_dict.json")
+"""One of these lies in what `save_to_disk` wrote; `prep.encode.sources` reads it."""
 
 
 class HubName(NamedTuple):
@@ -33,6 +37,8 @@ def _builder(path: str):
     except ImportError:
         raise ValueError(f"{path}: needs the package datasets; pip install datasets") from None
     name = parse(path)
+    if any(os.path.isfile(os.path.join(name.name, saved)) for saved in _SAVED):
+        raise ValueError(f"{path}: was written by save_to_disk, not for the hub; name the folder itself, without hf:")
     try:
         return datasets.load_dataset_builder(name.name, name.config)
     except Exception as error:  # anything may come out of there, and none of it is a bug of ours
@@ -42,29 +48,52 @@ def _builder(path: str):
 def describe(path: str) -> tuple[int, str]:
     """(bytes, hash) of a split: of the files that make it up, whose rows are not read.
 
-    A file of this machine is hashed; one of the hub is named by its address and revision, which stand for its bytes.
+    A file of this machine is hashed; those of the hub are named by their addresses and revision, which stand for their
+    bytes.
     """
+    files_of_split, told = _files(path)
     digest, size = xxhash.xxh3_128(), 0
-    for file, origin in _files(path):
+    for file in files_of_split:
         size += files.file_size(file)
-        digest.update((repr((file, origin)) if files.is_remote(file) else files.file_facts(file)[1]).encode())
+        digest.update((repr((file, told)) if files.is_remote(file) else files.file_facts(file)[1]).encode())
     return size, digest.hexdigest()
 
 
 def stamp(path: str) -> tuple:
     """As `files.file_stamp`: of all files of a split."""
-    return tuple(
-        (file, str(origin)) if files.is_remote(file) else files.file_stamp(file) for file, origin in _files(path)
-    )
+    files_of_split, told = _files(path)
+    return tuple((file, told) if files.is_remote(file) else files.file_stamp(file) for file in files_of_split)
 
 
-def _files(path: str) -> list[tuple[str, object]]:
-    """(path or address, what the hub tells of it) of the files that make a split up."""
-    splits, split = _builder(path).config.data_files or {}, parse(path).split
-    if split not in splits:
-        known = ", ".join(map(str, splits)) or "none that is made of files"
-        raise ValueError(f"{path}: no split {split!r}; name one as hf:NAME#SPLIT, of {known}")
-    return list(zip(splits[split], splits[split].origin_metadata, strict=True))
+def _files(path: str) -> tuple[list[str], str]:
+    """The files and addresses that make a split up, and what the hub tells of all that `datasets` looked at: of those
+    that are no data too, so the two are no pairs."""
+    builder, split = _builder(path), parse(path).split
+    if (splits := builder.config.data_files) is not None:
+        known, told = {name: list(found) for name, found in splits.items()}, splits
+    else:
+        known, told = _cached_files(builder), {}
+    if split not in known:
+        names = ", ".join(map(str, known)) or "none that is made of files"
+        raise ValueError(f"{path}: no split {split!r}; name one as hf:NAME#SPLIT, of {names}")
+    return known[split], repr(told[split].origin_metadata) if told else ""
+
+
+def _cached_files(builder) -> dict[str, list[str]]:
+    """The Arrow files of every split that `datasets` keeps of a dataset of the hub: what it gives where the hub cannot
+    be reached."""
+    from datasets.naming import filenames_for_dataset_split  # as in `_builder`
+
+    return {
+        split.name: filenames_for_dataset_split(
+            builder.cache_dir,
+            dataset_name=builder.dataset_name,
+            split=split.name,
+            filetype_suffix="arrow",
+            shard_lengths=split.shard_lengths,
+        )
+        for split in (builder.info.splits or {}).values()
+    }
 
 
 def read_hub(path: str, first_row: int) -> Iterator[tuple[int, object]]:

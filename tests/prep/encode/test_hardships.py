@@ -141,6 +141,7 @@ def test_an_input_that_is_touched_costs_nothing(tmp_path, byte_level):
 
     with pytest.raises(ValueError, match=r"a\.jsonl: is written again and again .* go on with --resume"):
         run([path], tmp_path / "t", byte_level, unit_bytes=500, progress=always)
+    assert len(times) == 4, "the run and three more that it goes on by itself, each of which does a unit"
     run([path], tmp_path / "t", byte_level, unit_bytes=500, resume=True)
     assert digest(tmp_path / "t") == digest(tmp_path / "whole")
 
