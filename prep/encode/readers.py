@@ -18,7 +18,7 @@ from prep.encode.arrays import array_elements
 from prep.encode.sources import SourceSpec, Unit
 
 _BLOCK = 1 << 20
-_ROWS = 256  # rows of a columnar batch that are Python objects at a time
+_ROWS, _ROWS_BYTES = 256, 4 << 20  # of a columnar batch that are Python objects at a time, unless one row is larger
 _BOM = codecs.BOM_UTF8
 _LINE_ENDS = b"\r\n"
 _MAX_RECORD = 1 << 30
@@ -235,8 +235,9 @@ def _columnar(unit: Unit) -> Iterator[tuple[int, object]]:
     try:
         for batch in _batches(unit):
             _check_names(batch.schema.names, unit)
-            for start in range(0, batch.num_rows, _ROWS):
-                for record in _records(batch.slice(start, _ROWS)):
+            rows = _rows_at_once(batch.nbytes / max(1, batch.num_rows))
+            for start in range(0, batch.num_rows, rows):
+                for record in _records(batch.slice(start, rows)):
                     yield row, record
                     row += 1
     except (pa.ArrowException, OSError) as error:
@@ -245,6 +246,10 @@ def _columnar(unit: Unit) -> Iterator[tuple[int, object]]:
             raise
         # It reads ahead, to the end of the unit at most.
         raise ValueError(f"{unit.path}, row {row + 1} or soon after: not readable as {unit.format} ({error})") from None
+
+
+def _rows_at_once(row_bytes: float) -> int:
+    return int(max(1, min(_ROWS, _ROWS_BYTES / max(1, row_bytes))))
 
 
 def _records(batch: pa.RecordBatch) -> list[object]:
@@ -291,7 +296,9 @@ def _batches(unit: Unit) -> Iterator[pa.RecordBatch]:
     if unit.format == "parquet":
         with files.open_binary(unit.path) as file:
             reader = pq.ParquetFile(file)
-            yield from reader.iter_batches(_ROWS, row_groups=range(unit.start, unit.stop))
+            groups = [reader.metadata.row_group(g) for g in range(unit.start, unit.stop)]
+            row_bytes = max(group.total_byte_size / max(1, group.num_rows) for group in groups)
+            yield from reader.iter_batches(_rows_at_once(row_bytes), row_groups=range(unit.start, unit.stop))
         return
     with files.open_binary(unit.path) as file:
         if unit.stop:

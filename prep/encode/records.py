@@ -222,7 +222,9 @@ class RecordReader:
 
     def _text(self, text) -> Rendering:
         if not isinstance(text, str):
-            reason = "it is not UTF-8" if isinstance(text, bytes) else f"it is {kind_of(text)}"
+            reason = f"it is {kind_of(text)}"
+            if isinstance(text, bytes):  # a line that is no UTF-8, or what a column of binary type holds
+                reason = "it is bytes; cast the column to text" if _is_utf8(text) else "it is not UTF-8"
             raise ValueError(f"text must be text, but {reason}")
         return self._plain(text, 0, eos_is_target=self._trains_eos)
 
@@ -345,6 +347,14 @@ def _check_depth(value: object, name: str) -> None:
         if not level:
             return
     raise ValueError(f"{name} is nested more than {_MAX_DEPTH} levels deep")
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def kind_of(value: object) -> str:

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from encoding_runs import chats, documents, run, texts, write_jsonl
 
-from prep.encode.sources import SourceSpec
+from prep.encode import readers
+from prep.encode.cuts import cut_units
+from prep.encode.sources import SourceSpec, find_inputs
 from prep.encode.tokenizer import read_tokenizer
 
 
@@ -306,3 +308,32 @@ def test_bad_rows_of_columns_are_bad_records(kind, tmp_path, byte_level):
     assert len(json.loads((store.path / "store.json").read_text())["units"]) > 2
     assert [r["where"] for r in rejects(store)] == [f"a.{kind}, row {row + 1}" for row in bad]
     assert rejects(store)[0]["record"] == r"{'text': b'\xff\xfe', 'n': 7}"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather"])
+def test_large_rows_become_objects_a_few_at_a_time(kind, tmp_path, monkeypatch):
+    """256 rows of 16 MB would be 4 GB, and as many again as text."""
+    path, texts = tmp_path / f"a.{kind}", [f"{k:02}" * (1 << 20) for k in range(40)]
+    table = pa.table({"text": texts})
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        pyarrow.feather.write_feather(table, path)
+    real, sizes = readers._records, []
+    monkeypatch.setattr(readers, "_records", lambda batch: sizes.append(batch.nbytes) or real(batch))
+    spec = SourceSpec("a", (str(path),))
+    (unit,) = cut_units(find_inputs([spec])[0], [spec], 1 << 30)
+    assert [record["text"] for _, record in readers.read_unit(unit, spec)] == texts
+    assert max(sizes) < 6 << 20
+    pq.write_table(pa.table({"text": [str(k) for k in range(1000)]}), tmp_path / "b.parquet")
+    sizes.clear()
+    spec = SourceSpec("b", (str(tmp_path / "b.parquet"),))
+    (unit,) = cut_units(find_inputs([spec])[0], [spec], 1 << 30)
+    assert len(list(readers.read_unit(unit, spec))) == 1000
+    assert len(sizes) == 4, "small ones go together"
+
+
+def test_a_text_of_bytes_is_called_what_it_is(tmp_path, byte_level):
+    pq.write_table(pa.table({"text": [b"plain text"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1: text must be text, but it is bytes; cast the column"):
+        run(tmp_path / "a.parquet", tmp_path / "s", byte_level)
