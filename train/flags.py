@@ -8,8 +8,10 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +60,11 @@ def check(config: Config) -> None:
         raise ValueError(f"--beta1 and --beta2 must be below 1, not {config.optim.beta1} and {config.optim.beta2}")
     if config.optim.min_lr_ratio > 1:
         raise ValueError(f"--min-lr-ratio is a share of --lr, at most 1, not {config.optim.min_lr_ratio}")
+    if config.data.micro_packs > config.data.batch_packs:
+        raise ValueError(
+            f"--micro-packs {config.data.micro_packs} makes rows longer than a step, all padding behind its packs; "
+            f"take at most --batch-packs {config.data.batch_packs}"
+        )
     for name, of in MEANS_OF.items():
         is_on = flat[of] if isinstance(flat[of], bool) else flat[of] > 1
         if not is_on and flat[name] != leaves()[name][1].default:
@@ -88,6 +95,36 @@ def parse(argv: list[str]) -> Config:
     config = build({name: _convert(name, value) for name, value in values.items()})
     check(config)
     return config
+
+
+def parse_shards(values: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """`a:0.7`, `b:0.3` → folders and weights; without any weight None.
+
+    Raises: ValueError for a weight that is not a positive number, a folder named twice, or weights on some only.
+    """
+    folders, weights = [], []
+    for value in values:
+        folder, colon, weight = value.rpartition(":")
+        try:
+            number = float(weight) if colon else None
+        except ValueError:  # a colon of the path, as in s3://bucket
+            number = None
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"--shards {value}: the weight must be a number greater than 0, not {weight}")
+        folders.append(value if number is None else folder)
+        weights.append(number)
+    real = [os.path.realpath(folder) for folder in folders]
+    for folder, path in zip(folders, real, strict=True):
+        if real.count(path) > 1:
+            raise ValueError(f"--shards {folder} is given more than once; name it once, with the sum of its weights")
+    if None not in weights:
+        return folders, weights
+    if any(weight is not None for weight in weights):
+        bare = folders[weights.index(None)]
+        raise ValueError(
+            f"--shards {bare} has no weight but others have; write {bare}:WEIGHT, or leave all weights out"
+        )
+    return folders, None
 
 
 class _Parser(argparse.ArgumentParser):

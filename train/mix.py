@@ -11,6 +11,7 @@ from formats.dataset import PackedDataset, PackIndex, ThdPack
 from formats.order import Stream, shares
 from formats.schema import ALIGNMENTS, PACKS_SCHEMA
 from train.data import Schedule, open_shards
+from train.flags import parse_shards
 
 
 class Mixture:
@@ -62,35 +63,6 @@ class Training:
     weights: tuple[float, ...]
     summary: str
     """A line for the start of the run; empty for one folder."""
-
-
-def parse_shards(values: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """`a:0.7`, `b:0.3` → folders and weights; without any weight None.
-
-    Raises: ValueError for a weight that is not a positive number, a folder named twice, or weights on some only.
-    """
-    folders, weights = [], []
-    for value in values:
-        folder, colon, weight = value.rpartition(":")
-        try:
-            number = float(weight) if colon else None
-        except ValueError:  # a colon of the path, as in s3://bucket
-            number = None
-        if number is not None and not 0 < number < math.inf:
-            raise ValueError(f"--shards {value}: the weight must be a number greater than 0, not {weight}")
-        folders.append(value if number is None else folder)
-        weights.append(number)
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise ValueError(f"--shards {folder} is given more than once; name it once, with the sum of its weights")
-    if None not in weights:
-        return folders, weights
-    if any(weight is not None for weight in weights):
-        bare = folders[weights.index(None)]
-        raise ValueError(
-            f"--shards {bare} has no weight but others have; write {bare}:WEIGHT, or leave all weights out"
-        )
-    return folders, None
 
 
 def open_training(

@@ -21,7 +21,7 @@ from formats.shard import write_json
 from train.alone import LOCK_NAME, hold
 from train.checkpoint import whole_checkpoints
 from train.config import Config, flatten
-from train.mix import parse_shards
+from train.flags import parse_shards
 
 RUN_NAME = "run.json"
 

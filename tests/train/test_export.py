@@ -58,6 +58,12 @@ def test_the_command_writes_what_the_run_has_exported(finished, tmp_path):
     assert written == wanted
 
 
+def test_the_command_does_not_load_what_only_training_needs():
+    check = "import sys, train.export; sys.exit('numba' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", check], env=environment).returncode == 0
+
+
 def test_an_earlier_checkpoint_in_small_files_and_another_type(finished, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -98,6 +98,7 @@ def test_every_flag_means_the_same_on_the_command_line_and_in_the_file(name, tmp
         ([], "--shards is missing"),
         ([*NEEDED, "--batch-pack", "3"], "unrecognized arguments: --batch-pack"),
         ([*NEEDED, "--batch-packs", "0"], "--batch-packs must be greater than 0, not 0"),
+        ([*NEEDED, "--micro-packs", "9"], "--micro-packs 9 makes rows longer than a step, all padding behind its pac"),
         ([*NEEDED, "--batch-packs", "2.5"], "--batch-packs takes one int, not '2.5'"),
         ([*NEEDED, "--lr", "fast"], "--lr takes one float"),
         ([*NEEDED, "--lr", "nan"], "--lr must be a finite number, not nan"),

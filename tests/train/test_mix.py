@@ -6,7 +6,8 @@ import torch
 
 from make_shards import make_shards, random_packs
 from train.data import PackedLoader
-from train.mix import open_training, parse_shards
+from train.flags import parse_shards
+from train.mix import open_training
 
 OPTIONS = {"seed": 3, "batch_packs": 4, "micro_packs": 1}
 
@@ -92,6 +93,7 @@ def test_a_damaged_pack_is_named_by_its_own_folder(folders, tmp_path):
     [
         (["a:0.5", "b"], "--shards b has no weight but others have"),
         (["a", "a"], "--shards a is given more than once"),
+        (["a:1", "./b/../a:2"], "--shards a is given more than once"),
         (["a:0"], "the weight must be a number greater than 0, not 0"),
         (["a:-1"], "greater than 0, not -1"),
         (["a:nan", "b:1"], "greater than 0, not nan"),

@@ -1,5 +1,6 @@
 """What the values of a `config.json` may be, key by key, and which sizes of a model fit together."""
 
+import math
 from typing import Any
 
 from train.model.config import LayerConfig, ModelConfig, Rope
@@ -10,7 +11,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 KINDS = (

@@ -160,6 +160,11 @@ NONSENSE = [
     ("llama", {"rope_parameters": {"rope_type": 3}}, "rope_type of config.json must be a string, not 3."),
     ("llama", {"rope_parameters": {"rope_type": "linear"}}, "Rope scaling 'linear' of config.json has no 'factor', "),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": -2}}, "factor of config.json must be a number above"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_theta": float("inf")}},
+        "rope_theta of config.json must be a number above 0",
+    ),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "Rope scaling 'llama3' of config.json has no"),
     (
         "llama",
