@@ -28,6 +28,7 @@ from train import hf, hf_write
 from train.attention.choose import choose_backend
 from train.attention.probe import check_isolation
 from train.balance import move_biases, take_load
+from train.cautions import cautions
 from train.checkpoint import (
     Checkpointer,
     DataState,
@@ -170,6 +171,8 @@ def train(config: Config) -> None:
         metrics.say(f"changed since that checkpoint, and in force from here on: {changed}")
     if isinstance(model, Pipeline):
         metrics.say(model.summary())
+    for caution in cautions(config, model_config, training, eval_datasets):
+        metrics.say(f"note: {caution}")
     if training.summary:
         metrics.say(f"mixture: {training.summary}")
     if relaying := choose_lay(dataset, cut).summary(manifest.capacity, mesh.cp_size):

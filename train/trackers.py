@@ -35,7 +35,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of the project that `--wandb` names; files of the client go to OUT."""
+    """A run of the project that `--wandb` names; files of the client go to OUT. Raises ValueError when it cannot begin."""
 
     def __init__(self, out: Path, project: str, config: Config):
         module = _import("wandb", "wandb", "--wandb")
@@ -43,7 +43,14 @@ class WandB:
         if not path.exists():
             path.write_text(uuid.uuid4().hex, encoding="utf-8")
         identity = path.read_text(encoding="utf-8").strip()
-        self._run = module.init(project=project, id=identity, resume="allow", dir=str(out), config=flatten(config))
+        options = {"project": project, "id": identity, "resume": "allow", "dir": str(out), "config": flatten(config)}
+        try:
+            self._run = module.init(**options)
+        except Exception as error:  # not logged in, no network: the errors are the package's own
+            raise ValueError(
+                f"--wandb {project}: {str(error).partition(chr(10))[0]}; log in with `wandb login`, or set "
+                "WANDB_MODE=offline, and start again with --resume auto"
+            ) from error
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

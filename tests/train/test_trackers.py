@@ -66,6 +66,20 @@ def test_a_missing_package_is_named(flags, package, tmp_path, monkeypatch):
         open_trackers(config_of(tmp_path, *flags), 0)
 
 
+def test_what_keeps_wandb_from_beginning_is_one_sentence(tmp_path, monkeypatch):
+    class UsageError(Exception):
+        pass
+
+    def init(**options):
+        raise UsageError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(
+        ValueError, match=r"--wandb p: api_key not configured .*; log in with `wandb login`, or set WANDB"
+    ):
+        open_trackers(config_of(tmp_path, "--wandb", "p"), 0)
+
+
 def test_no_flag_no_tracker(tmp_path):
     assert open_trackers(config_of(tmp_path), 0) == []
     assert not list(tmp_path.iterdir())
