@@ -35,7 +35,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of the project that `--wandb` names; files of the client go to OUT. Raises ValueError when it cannot begin."""
+    """A run of the project that `--wandb` names, or a ValueError; files of the client go to OUT."""
 
     def __init__(self, out: Path, project: str, config: Config):
         module = _import("wandb", "wandb", "--wandb")

@@ -71,12 +71,10 @@ def test_what_keeps_wandb_from_beginning_is_one_sentence(tmp_path, monkeypatch):
         pass
 
     def init(**options):
-        raise UsageError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+        raise UsageError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])\nmore")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    with pytest.raises(
-        ValueError, match=r"--wandb p: api_key not configured .*; log in with `wandb login`, or set WANDB"
-    ):
+    with pytest.raises(ValueError, match=r"--wandb p: api_key not configured .*_key\]\); log in with `wandb"):
         open_trackers(config_of(tmp_path, "--wandb", "p"), 0)
 
 
