@@ -5,9 +5,9 @@
 
 The position in the data is one integer, the packs consumed, valid only under the same data state. The learning rate and
 everything random are functions of the step, so no other state is kept and another world size resumes exactly. The flags
-of optimizer and schedule are those of the run that goes on; the mark keeps those it was trained under, so that a change
-can be told. It keeps what the model is too: names and shapes of tensors do not tell a model from one of fewer layers or
-of another rope_theta.
+of optimizer, schedule and router are those of the run that goes on; the mark keeps those it was trained under, so that
+a change can be told. It keeps what the model is too: names and shapes of tensors do not tell a model from one of fewer
+layers or of another rope_theta.
 """
 
 import dataclasses

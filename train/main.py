@@ -99,7 +99,9 @@ def train(config: Config) -> None:
     # Where this run begins: at 0, or at a checkpoint that fits.
     run_folder = RunFolder(config)
     checkpoint = run_folder.find_start()
-    position, recipe = Position(0, 0, data_state), dataclasses.asdict(config.optim) | {"steps": steps}
+    position = Position(0, 0, data_state)
+    recipe = dataclasses.asdict(config.optim) | {"steps": steps}
+    recipe |= {name: value for name, value in dataclasses.asdict(config.router).items() if name != "router_log_every"}
     changed = ""
     if checkpoint is not None:
         mark = read_mark(checkpoint)

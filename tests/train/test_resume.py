@@ -133,6 +133,17 @@ def test_a_resume_says_which_flags_of_the_recipe_changed_and_obeys_them(flags, s
     assert "changed since that checkpoint, and in force from here on: --weight-decay 0.01 → 0.3, --steps 6 → 5" in said
 
 
+def test_and_which_flags_of_the_router(data, tmp_path):
+    """One who goes on without them would train without balance."""
+    given = data, write_tiny_model(tmp_path / "model", "deepseek_v3", vocab_size=320), tmp_path / "out"
+    run_ranks(run, 1, arguments(*given, steps=3, router_aux_loss=0.01, router_bias_rate=0.001, router_log_every=1))
+    (said,) = run_ranks(run, 1, arguments(*given, steps=4, router_z_loss=0.1, resume="auto"))
+    assert (
+        "in force from here on: --steps 3 → 4, --router-aux-loss 0.01 → 0.0, --router-z-loss 0.0 → 0.1, "
+        "--router-bias-rate 0.001 → 0.0" in " ".join(said.split())
+    )
+
+
 @pytest.mark.parametrize("when", ["--async-save", "--no-async-save"])
 def test_checkpoints_in_the_background_or_in_turn_hold_the_same(when, flags, straight, tmp_path):
     run_ranks(run, 2, [*flags(save_every=1, keep=0), when])
