@@ -102,7 +102,7 @@ def read_mark(folder: Path) -> Mark:
             data = DataState(tuple(data["fingerprints"]), tuple(data["weights"]), data["seed"], data["batch_packs"])
             position = Position(value["step"], value["consumed"], data, value["skipped"])
             mark = Mark(position, dict(value["recipe"]), dict(value["model"]))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder}: no complete checkpoint (there is no {MARK}); name a folder step-… that has one"
         ) from None

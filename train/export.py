@@ -6,6 +6,7 @@ memory is one file of the export and one tensor. (The export at the end of a run
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from functools import cache
@@ -104,11 +105,12 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     dtype = getattr(torch, given.dtype) if given.dtype else None
     try:
-        if given.file_gb <= 0:
-            raise ValueError(f"--file-gb must be greater than 0, not {given.file_gb}")
+        if not 0 < given.file_gb < math.inf:
+            raise ValueError(f"--file-gb must be a number greater than 0, not {given.file_gb}")
         checkpoint = export(given.path, given.out, model=given.model, dtype=dtype, file_gb=given.file_gb)
-    except ValueError as error:
-        print(f"export: error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        reason = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+        print(f"export: error: {reason}", file=sys.stderr)
         return 1
     print(f"exported {checkpoint} to {given.out}")
     return 0

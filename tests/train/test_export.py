@@ -23,6 +23,7 @@ from train.export import export, main
 from train.flags import parse
 from train.outdir import RUN_NAME
 
+ODD = "0.0", "inf", "nan"
 ROOT = Path(__file__).parents[2]
 
 
@@ -102,7 +103,12 @@ def test_what_is_wrong_is_said_in_one_sentence(finished, tiny_llama_untied_dir, 
         ([str(moved), "--out", out], f"{tmp_path / 'gone'}, the model of that run, is not there any more; name its"),
         ([str(finished), "--out", str(tmp_path / "thesis")], "thesis already holds something; name another folder"),
         ([str(finished), "--out", str(finished / "hf")], "hf already holds something"),
-        ([str(finished), "--out", out, "--file-gb", "0"], "--file-gb must be greater than 0"),
+        ([str(finished / RUN_NAME), "--out", out], "no complete checkpoint"),
+        ([str(finished), "--out", str(finished / RUN_NAME / "hf")], f"{RUN_NAME}: File exists"),
+        *(
+            ([str(finished), "--out", out, "--file-gb", n], f"--file-gb must be a number greater than 0, not {n}")
+            for n in ODD
+        ),
         (
             [str(finished), "--out", out, "--model", str(tiny_llama_untied_dir)],
             f"another model than {tiny_llama_untied_dir}, whose tied_embeddings is False and was True; give --model",
