@@ -21,7 +21,8 @@ _SHARE = click.FloatRange(min=0, max=1, min_open=True)
     default=8,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Raw input that is read at most, in MB.",
+    help="Raw input that is read, in MB; of files that cannot be entered in the middle (compressed, CSV, JSON arrays, "
+    "hf:) at least four.",
 )
 @click.option("--model", type=FOLDER, help="Folder with the model's config.json: adds memory, compute and straggler.")
 @click.option("--gpus", default=8, show_default=True, type=click.IntRange(min=1), help="GPUs of the training run.")

@@ -25,6 +25,9 @@ UNIT_BYTES = 64 << 10
 """Input of a sampled unit: small, so that a sample comes from many places …"""
 MOST_UNITS = 200_000
 """… but a large input is not cut into more units than this."""
+LEAST_UNITS = 4
+"""Places of which a sample has at least so many, also where each is a whole file (compressed, CSV): fewer say nothing
+of its error."""
 SAMPLE_BYTES = 8 << 20
 Z_95 = 1.96
 
@@ -61,14 +64,14 @@ def read_lengths(inputs: Sequence[str], tokenizer: str | None, sample_bytes: int
     unit_bytes = max(UNIT_BYTES, sum(file.bytes for file in files) // MOST_UNITS)
     units = cut_units(files, sources, unit_bytes)
     sizes = np.array([unit.bytes for unit in units], np.int64)
-    every = math.ceil(sizes.sum() / sample_bytes)
+    every = min(math.ceil(sizes.sum() / sample_bytes), len(units) // LEAST_UNITS)
     with tempfile.TemporaryDirectory(prefix="prep-") as folder:
         store = Path(folder) / "store"
-        if every <= 1 or len(units) < 2 * every:
+        if every <= 1:
             lengths = np.array(encode(inputs, store, options).lengths)
             return Lengths(lengths, 1.0, 0.0, 0.0, "all documents of the input")
         encode(inputs, store, replace(options, unit_bytes=unit_bytes), unit_range=(1, every))
-        read = _read_units(store, len(units))
+        read = _read_units(store)
     chosen = sizes[::every]
     tokens = np.array([lengths.sum(dtype=np.int64) for lengths in read], np.float64)
     documents = np.array([len(lengths) for lengths in read], np.float64)
@@ -85,10 +88,10 @@ def _error(values: np.ndarray, sizes: np.ndarray, units: int) -> float:
     return Z_95 * spread / sizes.mean() / rate * math.sqrt(1 - n / units)
 
 
-def _read_units(store: Path, count: int) -> list[np.ndarray]:
-    """Lengths of the documents of every unit that was encoded."""
+def _read_units(store: Path) -> list[np.ndarray]:
+    """Lengths of the documents of every unit that was encoded, in the order of the units."""
     found = []
-    for path in sorted((store / "units").glob("*.json")):
+    for path in sorted((store / "units").glob("*.json"), key=lambda path: int(path.stem)):  # 100000 after 99999
         if not json.loads(path.read_bytes())["rows"]:
             found.append(np.empty(0, np.int32))
             continue

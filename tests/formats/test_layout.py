@@ -122,3 +122,18 @@ def test_check_thd_names_the_broken_invariant(change, message):
     else:
         with pytest.raises(ValueError, match=message):
             layout.check_thd(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [1, 1, 2, 2, 0, 0, 0, 0],  # the second slot begins inside the first
+        [2, 2, 2, 0, 1, 1, 0, 0],
+        [1, 1, 0, 1, 2, 2, 0, 0],
+        [0, 1, 1, 0, 2, 2, 0, 0],
+        [1, 1, 1, 1, 1, 2, 2, 2],  # more slots than room
+    ],
+)
+def test_documents_that_do_not_lie_in_their_slots_are_no_pack(numbers):
+    with pytest.raises(ValueError, match="does not number documents 1, 2, 3 … in slots aligned to 4"):
+        layout.seqid_to_thd(np.arange(8, dtype=np.int32), a(*numbers), np.full(8, X, np.int32), align=4)

@@ -1,15 +1,19 @@
 """`prep plan` says what `prep pack` then does, writes nothing, and states the error of a sample."""
 
+import gzip
 import json
 import random
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from byte_tokenizer import write_byte_tokenizer
 from formats.dataset import PackedDataset
 from prep.cli import main
+from prep.encode.store import UnitWriter
 from prep.inspect import sample
+from prep.ledger import Ledger
 
 CONFIG = {
     "hidden_size": 64,
@@ -55,6 +59,26 @@ def test_the_plan_is_what_packing_gives(root):
         assert value["lengths"]["relative_error_95"] == 0
         assert value["lengths"]["documents"] == 4000
     assert sorted(p for p in root.rglob("*")) == before
+
+
+def test_of_many_compressed_files_a_few_are_read(tmp_path, root):
+    """Each is one unit, however large: reading all of them is what a sample is to spare."""
+    data = (root / "in.jsonl").read_bytes()
+    for k in range(12):
+        (tmp_path / f"{k:02}.jsonl.gz").write_bytes(gzip.compress(data))
+    found = sample.read_lengths([str(tmp_path)], str(root), 1000)
+    assert (len(found.lengths), round(found.scale)) == (4 * 4000, 3)
+    assert found.origin.startswith("a sample: 33.3% of the input, 4 places")
+
+
+def test_units_are_counted_beyond_five_digits(tmp_path):
+    """A sample of many gigabytes has more: each must stand beside its own bytes, or its error is another's."""
+    (tmp_path / "units").mkdir()
+    for number, length in ((10_000, 1), (99_999, 2), (100_000, 3)):
+        with UnitWriter(tmp_path, number, "a") as writer:
+            writer.write(np.ones(length, np.int32), np.ones(length, np.uint8), np.array([0, length]))
+        writer.finish(Ledger())
+    assert [lengths.tolist() for lengths in sample._read_units(tmp_path)] == [[1], [2], [3]]
 
 
 def test_a_sample_states_its_error(root, monkeypatch):
