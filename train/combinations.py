@@ -97,6 +97,8 @@ COMBINATIONS = (
     Combination("pipeline, compiled blocks", {"pp": 2, "compile": True}, PIPELINES),
     Combination("pipeline × context parallelism", {"pp": 2, "cp": 2}, PIPELINES),
     Combination("pipeline × tensor parallelism", {"pp": 2, "tp": 2}, PIPELINES),
+    Combination("pipeline × tensor × context parallelism", {"pp": 2, "tp": 2, "cp": 2}, PIPELINES),
+    Combination("pipeline, replicas (HSDP)", {"pp": 2, "dp_replicate": 2}, PIPELINES),
     Combination(
         "pipeline with a split backward, recomputed blocks",
         {"pp": 2, "pp_schedule": "zbv", "recompute": "full"},
@@ -114,6 +116,8 @@ COMBINATIONS = (
     Combination("expert parallelism", {"ep": 2}, "tests/dist/test_ep.py"),
     Combination("expert and tensor parallelism", {"ep": 2, "tp": 2}, "tests/dist/test_ep.py"),
     Combination("expert and context parallelism, any method", {"ep": 2, "cp": 2}, "tests/dist/test_ep.py"),
+    Combination("expert, tensor and context parallelism", {"ep": 2, "tp": 2, "cp": 2}, "tests/dist/test_ep.py"),
+    Combination("expert parallelism, replicas (HSDP)", {"ep": 2, "dp_replicate": 2}, "tests/dist/test_ep.py"),
     Combination(
         "expert parallelism, attention and blocks without experts compiled", {"ep": 2, "compile": True}, COMPILED
     ),
@@ -126,6 +130,7 @@ COMBINATIONS = (
         "expert and tensor parallelism, whole sequences", {"ep": 2, "tp": 2, "sp": False}, "tests/dist/test_ep.py"
     ),
     Combination("pipeline × expert parallelism", {"ep": 2, "pp": 2}, "tests/dist/test_ep.py"),
+    Combination("pipeline × expert × tensor parallelism", {"ep": 2, "pp": 2, "tp": 2}, "tests/dist/test_pp_experts.py"),
     Combination(
         "pipeline × expert parallelism, any schedule",
         {"ep": 2, "pp": 2, "pp_schedule": "zbv"},

@@ -15,6 +15,7 @@ from parity import LIMIT, by_documents, packed_steps
 from tiny_models import MIXTURES, write_tiny_model
 
 from formats.dataset import PackedDataset
+from formats.layout import align_up, cu_seqlens
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
 from train import hf
@@ -29,6 +30,7 @@ from train.parallel.tp import choose_styles, parse_overrides
 SIZES = {"vocab_size": 320, "intermediate_size": 40}
 # (capacity, align, packed for cp): uneven, and aligned for a zigzag cut.
 SHARDS = {"packed for 1": (199, 1, 1), "packed for 2": (200, 4, 2)}
+PADDED = "packed for 1, padded"  # the documents of the first in longer slots of longer packs
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,18 @@ def places(tmp_path_factory):
     for name, (capacity, align, cp) in SHARDS.items():
         rows = random_packs(np.random.default_rng(4), 5, capacity, align, 320)
         made[name] = make_shards(folder / name, rows, capacity=capacity, align=align, cp=cp)
+    rows = random_packs(np.random.default_rng(4), 5, *SHARDS["packed for 1"][:2], 320)
+    made[PADDED] = make_shards(folder / PADDED, [padded(*row, 16) for row in rows], capacity=352, align=16, cp=8)
     return made
+
+
+def padded(ids, mask, lens, _, docs, offsets, align):
+    """A row of documents without padding between them, in slots of `align`; what fills them is a token like others."""
+    slots = align_up(lens, align)
+    starts = np.repeat(cu_seqlens(slots)[:-1] - cu_seqlens(lens)[:-1], lens) + np.arange(len(ids))
+    wide_ids, wide_mask = np.full(slots.sum(), 7, np.int32), np.zeros(slots.sum(), np.uint8)
+    wide_ids[starts], wide_mask[starts] = ids, mask
+    return wide_ids, wide_mask, lens, slots, docs, offsets
 
 
 def case(ep, *, family="deepseek_v3", shards="packed for 1", dtype=torch.float64, micro=1, recompute="none", **layout):
@@ -62,7 +75,8 @@ CASES = {
     ],
     4: [
         case(2, family="mixtral"),
-        case(2, tp=2, cp=2, micro=2),
+        case(2, dp_replicate=2, family="qwen2_moe"),
+        case(2, tp=2, cp=2, micro=2, shards=PADDED),
         case(2, pp=2, family="qwen2_moe"),
     ],
 }
@@ -70,11 +84,13 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def alone(places, tmp_path_factory):
-    """(model, shards, dtype) → (loss, load, file of the gradients) of one process, one pack a row."""
+    """(model, shards, dtype) → (loss, load, file of the gradients) of one process, one pack a row, without padding
+    where the shards are another's padded."""
     folder = tmp_path_factory.mktemp("alone")
 
     @functools.cache
     def compute(family, shards, dtype):
+        shards = shards.removesuffix(", padded")
         path = folder / f"{family}-{shards}-{dtype}.pt"
         config = Config(data=Data(batch_packs=6), router=BALANCED)
         (result,) = run_ranks(write_steps, 1, [(places[family], places[shards], config, dtype, path)], timeout=280)
@@ -237,7 +253,7 @@ FULL = {
     4: [
         case(4),
         case(4, dtype=torch.float32, family="mixtral"),
-        case(2, dp_replicate=2, family="qwen2_moe"),
+        case(2, dp_replicate=2, family="gpt_oss", shards=PADDED),
         case(2, tp=2, recompute="selective"),
         case(4, tp=2, family="gpt_oss", recompute="full"),
         case(2, cp=2, family="mixtral", recompute="selective"),
@@ -254,6 +270,7 @@ FULL = {
     ],
     8: [
         case(2, pp=2),
+        case(2, pp=2, dp_replicate=2, shards=PADDED),
         case(4, pp=2, family="qwen2_moe", pp_schedule="interleaved-zb", pp_split="1,1"),
         case(2, pp=2, tp=2, family="gpt_oss", recompute="full"),
         case(4, pp=2, cp=2, shards="packed for 2", recompute="selective"),
