@@ -8,6 +8,9 @@ import click
 
 FOLDER = click.Path(path_type=Path)
 
+_CLOSED = {"packed shards": ("manifest.json", "packs.arrow"), "a document store": ("store.json", "plan.json")}
+"""Folders that are whole as they are, by their files: what else lies in them is damage to `prep verify`."""
+
 workers = click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -45,6 +48,13 @@ class Output(click.ParamType):
         if not above.is_dir():
             what = f"{above} is a file" if above.is_file() else f"there is no folder {above}"
             raise click.ClickException(f"{option}: {what}; name another {kind}")
+        for folder in path.absolute().parents:
+            if held := next(
+                (what for what, names in _CLOSED.items() if all((folder / n).is_file() for n in names)), ""
+            ):
+                raise click.ClickException(
+                    f"{option} lies inside {folder}, which holds {held} and nothing else; name another {kind}"
+                )
         if not os.access(above, os.W_OK | os.X_OK):
             raise click.ClickException(f"{option}: nothing may be written in {above}; name another {kind}")
         return str(path)

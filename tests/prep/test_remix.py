@@ -142,7 +142,7 @@ def test_a_mix_may_name_the_template_that_a_store_was_encoded_with(raw, tokenize
 def test_no_pack_inside_its_store_and_no_empty_mix(raw, tokenizer, tmp_path):
     store = encode(raw, MIXES["all"], tmp_path / "store", tokenizer)
     for more, sentence in (
-        (["--out", store / "units" / "x"], f"lies inside the input {store}, which would then hold it"),
+        (["--out", store / "units" / "x"], f"lies inside {store}, which holds a document store and nothing else"),
         (["--out", tmp_path / "out", "--mix", ""], "--mix : No such file or directory; name a YAML file"),
     ):
         result = run("pack", store, "--seq-len", 256, *more)

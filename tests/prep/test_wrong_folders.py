@@ -70,3 +70,23 @@ def test_what_lies_there_is_named_with_both_folders(command, what, with_tokenize
     assert CASES[command, what].format(root / what) in result.output.splitlines()[0]
     assert result.output.count("Error: ") == (2 if command == "verify" else 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_into_what_is_whole(root, source, tokenizer):
+    """`prep verify` would call the shards damaged, whose folder holds what their manifest does not know."""
+    shards, store = root / "packs" / "train", root / "packs.store"
+    encoding = ["--tokenizer", tokenizer, "--quiet"]
+    for place, held, command in (
+        (shards / "x", "packed shards", ["pack", store, "--seq-len", 256, "--out"]),
+        (shards / "shards" / "x", "packed shards", ["encode", source, *encoding, "--out"]),
+        (store / "x", "a document store", ["encode", source, *encoding, "--out"]),
+        (store / "x", "a document store", ["convert", shards, "--to", "seqid", "--out"]),
+    ):
+        result = run(*command, place)
+        assert result.exit_code == 1
+        assert f"--out {place} lies inside {place.parents[place.parent.name == 'shards']}, which" in result.output
+        assert f"which holds {held} and nothing else; name another folder" in result.output
+        assert not place.exists()
+    page = run("view", shards, "--html", shards / "page.html")
+    assert (page.exit_code, (shards / "page.html").exists()) == (1, False)
+    assert "holds packed shards and nothing else; name another file" in page.output

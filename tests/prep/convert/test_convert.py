@@ -136,12 +136,12 @@ def test_refusals_leave_nothing(packed, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("a")
     assert "already exists" in run("convert", packed, "--to", "hf", "--out", tmp_path / "full").output
-    for inside in (packed, packed / "deep" / "x"):
+    for inside, why in (
+        (packed, "is converted; name a folder outside it"),
+        (packed / "deep" / "x", "holds packed shards and nothing else; name another folder"),
+    ):
         result = run("convert", packed, "--to", "hf", "--out", inside)
-        assert (
-            result.output
-            == f"Error: --out {inside} lies inside {packed}, which is converted; name a folder outside it\n"
-        )
+        assert result.output == f"Error: --out {inside} lies inside {packed}, which {why}\n"
         assert not (packed / "deep").exists()
     assert run("convert", tmp_path / "none", "--to", "hf", "--out", tmp_path / "x").exit_code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
