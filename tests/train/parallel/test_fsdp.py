@@ -42,14 +42,14 @@ class Sent(TorchDispatchMode):
 
 def step(config, rows):
     """What happened in a step of so many rows on this rank: the collectives, with ("forward", i) and ("backward", i)
-    where block i begins forward and is through backward; types of the hidden states, of the gradients, and of the
-    routers' weights in forward."""
+    where block i begins forward and is through backward; types of the hidden states, of the gradients, of the
+    routers' weights in forward, and of the cosines and sines that a block is given."""
     layer = LayerConfig(window=None, rope=Rope(1e4, 8))
     shape = ModelConfig("llama", 37, 16, 24, 2, 1, 8, (layer,) * LAYERS, 64, 1e-5, 8**-0.5, tied_embeddings=False)
     if config.layout.ep > 1:
         shape = replace(shape, layers=(replace(layer, experts=True),) * LAYERS, moe=MoeConfig(4, 2, 8))
     mesh = build_mesh(config.layout, torch.device("cpu"))
-    sent, hidden, routing, offloads = Sent(), set(), set(), []
+    sent, hidden, routing, angles, offloads = Sent(), set(), set(), set(), []
 
     def noting(*args, **options):
         offloads.append(options["offload_policy"])
@@ -66,6 +66,7 @@ def step(config, rows):
     def note(number, block, inputs):
         sent.events.append(("forward", number))
         hidden.add(inputs[0].dtype)
+        angles.update(table.dtype for table in inputs[1])
         inputs[0].register_hook(lambda gradient: sent.events.append(("backward", number)))
 
     for number, block in enumerate(model.layers.children()):
@@ -76,7 +77,7 @@ def step(config, rows):
     batch = [MicroBatch(ids, ids.long(), ids, Segments.of([12]))] * rows
     with sent:
         accumulate_gradients(model, batch, rows, 12 * rows, defer_sync=config.layout.defer_sync)
-    return sent.events, hidden, {p.grad.dtype for p in model.parameters()}, offloads, routing
+    return sent.events, hidden, {p.grad.dtype for p in model.parameters()}, offloads, routing, angles
 
 
 def steps(cases):
@@ -164,7 +165,7 @@ def test_a_mixture_is_gathered_ahead_with_its_block(case, forward, backward, see
 
 
 def test_routers_of_a_bfloat16_model_choose_by_float32_weights(seen_of_mixtures):
-    for _, hidden, _, _, routing in seen_of_mixtures.values():
+    for _, hidden, _, _, routing, _ in seen_of_mixtures.values():
         assert (hidden, routing) == ({torch.bfloat16}, {torch.float32})
 
 
@@ -178,10 +179,11 @@ def test_routers_of_a_bfloat16_model_choose_by_float32_weights(seen_of_mixtures)
     ],
 )
 def test_weights_and_gradients_travel_in_the_types_of_the_flags(case, weights, sums, seen):
-    events, hidden, gradients, *_ = seen[case]
+    events, hidden, gradients, *_, angles = seen[case]
     assert {event for event in events if event[0] in SENT.values()} == {("gather", weights), ("reduce", sums)}
     assert hidden == {getattr(torch, weights)}
     assert gradients == {torch.float32}, "what the optimizer sees"
+    assert angles == {torch.float32}, "positions beyond 256 are none in bfloat16"
 
 
 @pytest.mark.parametrize(("case", "reductions"), [("2 rows", GROUPS), ("2 rows, each reduced", 2 * GROUPS)])
