@@ -1,5 +1,7 @@
 """Shards, manifest and index: what is written comes back, views are read-only, damage is named."""
 
+import dataclasses
+import io
 import json
 import random
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 
 from formats.dataset import PackedDataset, SeqIdPack, ThdPack
 from formats.layout import seqid_to_thd
-from formats.manifest import fingerprint, read_manifest
+from formats.manifest import fingerprint, read_manifest, write_manifest
 from formats.schema import METADATA_KEY
 from formats.shard import FileEntry, Shard, atomic_write, file_digest
 from make_shards import make_shards, random_packs
@@ -212,10 +214,21 @@ def test_an_edited_manifest_is_refused(folder):
         read_manifest(folder)
 
 
-def test_another_format_version_is_refused(folder):
-    edit(folder, format_version=99)
-    with pytest.raises(ValueError, match="format version 99, but this meshpack reads version 1"):
+@pytest.mark.parametrize("version", [0, 99])
+def test_another_format_version_is_refused(folder, version):
+    edit(folder, format_version=version)
+    with pytest.raises(ValueError, match=f"format version {version}, but this meshpack reads version 1"):
         read_manifest(folder)
+
+
+def test_a_manifest_of_fewer_packs_is_refused(tmp_path, rows):
+    """One that another program wrote, with a hash that fits."""
+    folder = make_shards(tmp_path / "p", rows, capacity=CAPACITY)
+    manifest = read_manifest(folder)
+    totals = {**manifest.totals, "packs": len(rows) - 1}
+    write_manifest(folder, dataclasses.replace(manifest, totals=totals))
+    with pytest.raises(ValueError, match=rf"packs\.arrow: {len(rows)} packs, but the manifest says {len(rows) - 1}"):
+        PackedDataset(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '{"format_version": 1}'])
@@ -230,6 +243,16 @@ def test_file_names_cannot_leave_the_folder(tmp_path, rows, name):
     folder = make_shards(tmp_path / "p", rows, capacity=CAPACITY, files=(FileEntry(name, 1, "x"),))
     with pytest.raises(ValueError, match="leaves the folder"):
         read_manifest(folder)
+
+
+def test_packs_open_without_their_reports(tmp_path, rows):
+    """They are for people, who may take them along or lose them."""
+    reports = FileEntry("report.json", 100, "x"), FileEntry("report.html", 100, "x")
+    folder = make_shards(tmp_path / "p", rows, capacity=CAPACITY)
+    manifest = read_manifest(folder)
+    write_manifest(folder, dataclasses.replace(manifest, files=(*manifest.files, *reports)))
+    (folder / "report.json").write_text("shorter")
+    assert len(PackedDataset(folder)) == len(rows)
 
 
 def test_a_truncated_or_missing_shard_is_named_at_open(folder):
@@ -273,6 +296,20 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         file.write(b"whole")
     assert target.read_bytes() == b"whole"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_system_that_takes_less_than_it_is_given_gets_the_rest(tmp_path, monkeypatch):
+    """write(2) takes 2 GiB at most, and what is left of a disk that fills up."""
+
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(data[:50_000])
+
+    data = np.random.default_rng(0).bytes(200_000)
+    monkeypatch.setattr("formats.shard.open", lambda path, mode, buffering: Slow(path, mode), raising=False)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(data)
+    assert (tmp_path / "file").read_bytes() == data
 
 
 def test_a_failed_replacement_keeps_the_old_file(tmp_path):

@@ -9,7 +9,7 @@ from packing_runs import run
 
 from byte_tokenizer import write_byte_tokenizer
 from formats.dataset import PackedDataset
-from formats.manifest import read_manifest
+from formats.manifest import is_compressed, read_manifest
 
 
 def test_a_lost_manifest_and_index_are_rebuilt(copy):
@@ -46,6 +46,24 @@ def test_a_lost_index_is_rebuilt_to_the_same_bytes(copy):
     (copy / "packs.arrow").unlink()
     assert run("verify", copy, "--rebuild").exit_code == 0
     assert (copy / "packs.arrow").read_bytes() == index
+
+
+def test_of_compressed_shards_it_is_known_that_they_are(sound, tmp_path):
+    """Or the trainer would map what cannot be mapped."""
+    out, kind = tmp_path / "out", read_manifest(sound).kind
+    options = ["--seq-len", 128, "--cp", 2, "--format", kind, "--compress", "zstd", "--workers", 1, "--quiet"]
+    assert run("pack", sound.with_name("out.store"), "--out", out, *options).exit_code == 0
+    before = read_manifest(out)
+    (out / "manifest.json").unlink()
+    assert run("verify", out, "--rebuild").exit_code == 0
+    assert is_compressed(before)
+    assert is_compressed(read_manifest(out))
+
+
+def test_of_others_it_is_known_that_they_are_not(copy):
+    (copy / "manifest.json").unlink()
+    assert run("verify", copy, "--rebuild").exit_code == 0
+    assert not is_compressed(read_manifest(copy))
 
 
 def test_nothing_is_rebuilt_from_half_of_the_shards(copy):
