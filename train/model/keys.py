@@ -13,14 +13,19 @@ _REQUIRED = object()
 # Keys that change nothing in a training forward: bookkeeping, generation, and defaults of transformers' base class.
 IRRELEVANT = frozenset(
     (
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
         "_name_or_path",
         "architectures",
+        "attn_implementation",
         "auto_map",
         "bos_token_id",
         "cache_implementation",
         "chunk_size_feed_forward",
         "dtype",
         "eos_token_id",
+        "gradient_checkpointing",
         "id2label",
         "is_encoder_decoder",
         "is_llama_config",
@@ -32,9 +37,11 @@ IRRELEVANT = frozenset(
         "pretraining_tp",
         "problem_type",
         "return_dict",
+        "tokenizer_class",
         "torch_dtype",
         "transformers.js_config",
         "transformers_version",
+        "unsloth_fixed",
         "unsloth_version",
         "use_cache",
     )
