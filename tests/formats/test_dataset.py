@@ -266,6 +266,23 @@ def test_a_truncated_or_missing_shard_is_named_at_open(folder):
         PackedDataset(folder)
 
 
+def test_a_damaged_header_never_leads_out_of_the_file(folder):
+    """It says where the arrays lie; reading one that ends behind the map would end the process."""
+    shard = folder / "shards" / "00000.arrow"
+    data, refused = shard.read_bytes(), 0
+    header = data.index(b"\xff\xff\xff\xff", 12)  # of the first record batch, behind the schema's
+    for place in range(header + 4, header + 600):
+        shard.write_bytes(data[:place] + bytes([data[place] ^ 8]) + data[place + 1 :])
+        try:
+            batches = list(Shard(shard, "thd").batches())
+        except ValueError:
+            refused += 1
+            continue
+        for column in (column for batch in batches for column in batch.values()):
+            assert 0 <= column.offsets[0] <= column.offsets[-1] <= len(column.values)
+    assert refused > 20
+
+
 def test_a_shard_that_is_no_arrow_file_is_named(folder):
     shard = folder / "shards" / "00000.arrow"
     shard.write_bytes(b"\0" * shard.stat().st_size)

@@ -163,3 +163,9 @@ def test_cost_order_puts_packs_of_like_cost_in_blocks():
 def test_drop_last_leaves_a_full_pack(algo):
     plan = make_plan(np.full(3, 8, np.int32), np.arange(3), PackOptions(8, algo, drop_last=True))
     assert (plan.num_packs, plan.lower_bound, plan.last_pack.tolist()) == (3, 3, [])
+
+
+def test_drop_last_takes_the_last_of_equally_empty_packs():
+    lengths = np.array([5, 6, 5, 7], np.int32)
+    plan = make_plan(lengths, np.arange(4), PackOptions(8, "greedy", order="input", drop_last=True))
+    assert (plan.last_pack.tolist(), plan.doc.tolist()) == ([2], [0, 1, 3])

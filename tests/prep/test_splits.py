@@ -93,6 +93,22 @@ def test_copies_of_a_held_out_source_are_not_trained_and_do_not_count_twice(dedu
     assert "held_out_copy" not in ledgers["train"]["b.jsonl"]["dropped"]
 
 
+def test_a_copy_of_a_held_out_source_is_not_held_out_by_the_fraction(tokenizer, tmp_path):
+    texts = {"a": [f"text {i}" for i in range(60)], "b": [f"text {i}" for i in range(30)]}
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", [{"text": t} for t in some]) for name, some in texts.items()]
+    held_out = ["--eval-source", "b.jsonl", "--eval-fraction", 0.5]
+    out = packed(files[0], tmp_path / "out", tokenizer, files[1], *held_out)
+    decode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).decode
+    train, evaluated = (
+        [decode(ids, skip_special_tokens=True) for ids, _ in documents_of(out / part).values()]
+        for part in ("train", "eval")
+    )
+    assert sorted(text for text in evaluated if text in texts["b"]) == sorted(texts["b"]), "each once"
+    assert set(train).isdisjoint(texts["b"])
+    assert sorted([*train, *evaluated]) == sorted(texts["a"])
+    assert 5 < len(train) < 25
+
+
 def test_what_is_held_out_of_a_share_is_the_fraction_asked_for():
     """The documents of a share and those that are held out are chosen by one hash, but not by the same end of it."""
     hashes = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
