@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from make_shards import make_shards, random_packs
+from train.cut import WHOLE, choose_cut
 from train.data import PackedLoader
 from train.flags import parse_shards
 from train.mix import open_training
@@ -24,13 +25,14 @@ def folders(tmp_path_factory):
     return made
 
 
-def rows_of(training, epochs=1, dp_size=1, dp_rank=0, consumed=0):
+def rows_of(training, epochs=1, dp_size=1, dp_rank=0, consumed=0, cut=WHOLE):
     """(packs, rows): the input_ids of every row of so many epochs, and what the facts add up to."""
     loader = PackedLoader(
         *(training.dataset, training.schedule),
         dp_rank=dp_rank,
         dp_size=dp_size,
         device=torch.device("cpu"),
+        cut=cut,
         consumed=consumed,
     )
     rows, tokens = [], 0
@@ -117,3 +119,37 @@ def test_folders_that_do_not_go_together_are_refused(folders, tmp_path):
         open_training([folders[0], short], None, **OPTIONS)
     with pytest.raises(ValueError, match=r"its weight gives it no pack in an epoch of 15"):
         open_training([f"{folders[0]}:0.001", f"{folders[1]}:1"], None, **OPTIONS)
+    other = str(make_shards(tmp_path / "other", rows, capacity=64, vocab_size=400, tokenizer_hash="another"))
+    with pytest.raises(ValueError, match=r"other and .*short were made with different tokenizers; encode them with"):
+        open_training([short, other], None, **OPTIONS)
+
+
+@pytest.mark.parametrize(("first", "second", "kind"), [(0, 1, "contiguous"), (1, 0, "contiguous"), (1, 2, "zigzag")])
+def test_a_mixture_is_cut_as_all_of_its_folders_allow(folders, first, second, kind):
+    """Slots are multiples of 1, of 4 and of 8 tokens; two ranks that cut documents zigzag want multiples of 4."""
+    training = open_training([folders[first], folders[second]], None, **OPTIONS)
+    parts = []
+    for rank in range(2):
+        cut = choose_cut("gather", 2, rank, training.dataset.manifest)
+        assert cut.kind == kind
+        parts.append(rows_of(training, cut=cut)[0])
+    whole, _ = rows_of(training)
+    assert sorted(i for row in parts[0] + parts[1] for i in row if i) == sorted(i for row in whole for i in row if i)
+
+
+def test_every_file_of_every_folder_is_checked_by_one_of_the_parts(folders, tmp_path):
+    rows = random_packs(np.random.default_rng(9), 20, 96, 1, 100)
+    other = make_shards(tmp_path / "other", rows, capacity=96, vocab_size=400)
+    dataset = open_training([folders[1], str(other)], None, **OPTIONS).dataset
+    for path in sorted((other / "shards").iterdir()):
+        data = path.read_bytes()
+        path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+        found = []
+        for part in range(3):
+            try:
+                dataset.check_files(part, 3)
+            except ValueError as error:
+                found.append(str(error))
+        path.write_bytes(data)
+        (sentence,) = found
+        assert f"{path}: damaged" in sentence
