@@ -217,7 +217,7 @@ def test_a_feature_that_is_not_there_is_refused_as_soon_as_it_matters(name, key,
 
 
 def test_what_tools_note_in_a_config_is_no_part_of_the_model():
-    """As transformers 4.46 to 4.51, Unsloth and trainers with gradient checkpointing have left it in published files."""
+    """As transformers 4.46 to 4.51, Unsloth and gradient checkpointing have left it in published files."""
     noted = {"_attn_implementation_autoset": True, "unsloth_fixed": True, "gradient_checkpointing": True}
     noted |= {"attn_implementation": "flash_attention_2", "tokenizer_class": "GemmaTokenizer", "_commit_hash": "0" * 40}
     config, _ = PUBLISHED["gemma-2-9b"]
