@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 from whole_runs import SAME, arguments, read_metrics, run, same_losses, steps_of
 
+import train.ending
 import train.main
 from ranks import run_ranks
 from train.checkpoint import MARK, step_folder, whole_checkpoints
@@ -171,7 +172,7 @@ def test_a_finished_run_resumes_to_nothing_but_its_export(flags, straight, finis
 
 def interrupted(count, echo_seconds):
     """Whether the run has noted that it is to stop, after so many SIGINTs on each other's heels."""
-    train.main.ECHO_SECONDS = echo_seconds
+    train.ending.ECHO_SECONDS = echo_seconds
     stop = train.main.StopSignal()
     for _ in range(count):
         os.kill(os.getpid(), signal.SIGINT)

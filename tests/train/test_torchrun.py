@@ -11,7 +11,7 @@ from whole_runs import run, spoil, steps_of, torchrun
 
 from ranks import run_ranks
 from train.checkpoint import step_folder, whole_checkpoints
-from train.main import resume_command
+from train.ending import resume_command
 
 
 def test_torchrun_trains_and_exports(flags, straight, tmp_path):
