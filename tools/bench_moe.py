@@ -11,8 +11,8 @@ built without a word about it takes on this device is marked.
 "share" is that of a dense matrix product: the layer's multiplications (2 a weight and token forward, 4 backward) a
 second over those of a square product of 2048 (on a GPU 8192) in the same type with the same threads. "products alone"
 are the layer's nine products and nothing else: no router, no sorting, no activation. On a CPU they are made expert by
-expert, by all threads, into buffers that are kept (the layer's gradients are new memory); on a GPU by the kernel that
-takes all experts at once, so that their share is the peak of grouped products.
+expert, by all threads, into buffers that are kept; on a GPU by the kernel that takes all experts at once, so that their
+share is the peak of grouped products. Gradients of a round are gone before the next; meshpack keeps their memory.
 
 The bytes that expert parallelism sends are arithmetic: K·D values a token there and back, (ep − 1)/ep of them leave the
 rank when experts are equally busy; backward sends the same.

@@ -6,57 +6,25 @@ not computed and touch no gradient.
 
 There are two ways. One kernel a projection for all experts, where there is one (`has_kernel`), over rows that are
 gathered before and combined after. Else every expert by itself, from its tokens to their sums: what lies between never
-leaves the cache, and nothing of the size of all rows is made but the two projections that backward needs. Fresh memory
-costs a CPU as much as the products do. Where experts have even work, each thread takes some of them.
+leaves the cache, and nothing of the size of all rows is made but the two projections that backward needs. These and the
+gradients of the weights stand in memory that is kept (`train.model.kept`). Where experts have even work, each thread
+takes some of them.
 """
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from train.model.config import MoeConfig
+from train.model.gating import Gating, add_rows
 from train.model.held import held
-from train.model.mlp import activate
+from train.model.kept import Kept
 from train.model.rows import Rows
 from train.model.side_by_side import side_by_side
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Gating:
-    """What an expert makes of its gate and up projection: activation(gate) · up; with a `limit` (GPT-OSS) both are
-    clamped, and it is gate · sigmoid(alpha · gate) · (up + 1)."""
-
-    activation: str
-    limit: float | None
-    alpha: float
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        if self.limit is None:
-            return activate(gate, self.activation) * up
-        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return gate * torch.sigmoid(gate * self.alpha) * (up + 1)
-
-    def backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(the inner value again, gradients of gate and up); `grad` is overwritten where that saves a buffer."""
-        if self.limit is not None:
-            clamped, wide = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit) + 1
-            share = torch.sigmoid(clamped * self.alpha)
-            slope = share * (1 + self.alpha * clamped * (1 - share))
-            grad_gate = (grad * wide * slope).masked_fill_(gate > self.limit, 0.0)
-            glu = clamped * share
-            return glu * wide, grad_gate, (grad * glu).masked_fill_(up.abs() > self.limit, 0.0)
-        activated = activate(gate, self.activation)
-        grad_up = grad * activated
-        grad.mul_(up)
-        if self.activation == "silu":
-            grad_gate = torch.ops.aten.silu_backward(grad, gate)
-        else:
-            grad_gate = torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")
-        return activated.mul_(up), grad_gate, grad_up
+_PROJECTED, _GRADIENTS = Kept(2), Kept(3)  # on a CPU
 
 
 class Experts(nn.Module):
@@ -124,24 +92,23 @@ def _one_by_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the sums [T, D], and for backward gate and up projection [R, F])."""
     gating = Gating(activation, limit, alpha)
-    gate_RF, up_RF = (x_TD.new_empty(len(token_R), gate_EFD.shape[1]) for _ in range(2))
-    groups = _groups(ends_E)
+    gate_RF, up_RF = (_PROJECTED.empty(x_TD, (len(token_R), gate_EFD.shape[1])) for _ in range(2))
+    sizes = _sizes(ends_E)
+    of_rows = _by_expert(sizes, token_R, gate_RF, up_RF, weights_R)
+    of_experts = _by_expert(None, gate_EFD, up_EFD, down_EDF, gate_bias_EF, up_bias_EF, down_bias_ED)
 
     def run(experts: list[int]) -> Tensor:
         out_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD))
         for e in experts:
-            rows = groups[e]
-            tokens, gate, up = token_R[rows], gate_RF[rows], up_RF[rows]
+            tokens, gate, up, weights = of_rows[e]
+            gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = of_experts[e]
             x = x_TD.index_select(0, tokens)
-            _linear(x, gate_EFD, gate_bias_EF, e, out=gate)
-            _linear(x, up_EFD, up_bias_EF, e, out=up)
-            out = _linear(gating(gate, up), down_EDF, down_bias_ED, e, out=x).to(out_TD.dtype)
-            if weights_R is not None:
-                out.mul_(weights_R[rows, None])  # not rounded before the sum, as in `Rows.sum`
-            out_TD.index_add_(0, tokens, out)
+            _linear(x, gate_weight, gate_bias, out=gate)
+            _linear(x, up_weight, up_bias, out=up)
+            add_rows(out_TD, tokens, _linear(gating.without_gradient(gate, up), down_weight, down_bias, out=x), weights)
         return out_TD
 
-    return _sum(side_by_side(_sizes(groups), run)).to(x_TD.dtype), gate_RF, up_RF
+    return _sum(side_by_side(sizes, run)).to(x_TD.dtype), gate_RF, up_RF
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -156,10 +123,8 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, e: int, *, out: Tensor) -> Tensor:
-    if bias is None:
-        return torch.mm(x, weight[e].t(), out=out)
-    return torch.addmm(bias[e], x, weight[e].t(), out=out)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 @torch.library.custom_op("meshpack::experts_backward", mutates_args=())
@@ -182,50 +147,59 @@ def _one_by_one_backward(
     """Gradients of the tokens, of the three projections, of their biases if there are any, of the rows' weights if
     there are any."""
     gating, with_bias = Gating(activation, limit, alpha), down_bias_ED is not None
-    grads = [torch.empty_like(weight) for weight in (gate_EFD, up_EFD, down_EDF)]
+    grads = [_GRADIENTS.empty(weight, weight.shape) for weight in (gate_EFD, up_EFD, down_EDF)]
     grads += [weight.new_empty(weight.shape[:2]) for weight in (gate_EFD, up_EFD, down_EDF) if with_bias]
-    grad_weights_R = None if weights_R is None else torch.zeros_like(weights_R)
-    groups = _groups(ends_E)
+    weighted = weights_R is not None
+    weights_R = weights_R if weighted else x_TD.new_ones(len(token_R))
+    grad_weights_R = torch.zeros_like(weights_R)
+    sizes = _sizes(ends_E)
+    of_rows = _by_expert(sizes, token_R, gate_RF, up_RF, weights_R, grad_weights_R)
+    of_experts = _by_expert(None, gate_EFD, up_EFD, down_EDF, down_bias_ED)
+    into = _by_expert(None, *grads)
 
     def run(experts: list[int]) -> Tensor:
         grad_x_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD))
         for e in experts:
-            rows = groups[e]
-            tokens = token_R[rows]
+            tokens, gate, up, weights, grad_weights = of_rows[e]
+            gate_weight, up_weight, down_weight, down_bias = of_experts[e]
             x, grad = x_TD.index_select(0, tokens), grad_TD.index_select(0, tokens)
-            grad_inner = unweighted = grad @ down_EDF[e]
-            if weights_R is not None:
-                grad_inner = unweighted * weights_R[rows, None]
-            inner, grad_gate, grad_up = gating.backward(grad_inner, gate_RF[rows], up_RF[rows])
-            if weights_R is not None:
-                # grad · (down · inner) without what the expert gave, which is not kept.
-                torch.sum(unweighted.mul_(inner), 1, out=grad_weights_R[rows])
-                inner.mul_(weights_R[rows, None])
-                if with_bias:
-                    grad_weights_R[rows] += grad @ down_bias_ED[e]
+            # Of the weights: grad · (down · inner) without what the expert gave, which is not kept.
+            inner, grad_gate, grad_up, of_weights = gating.backward(grad @ down_weight, gate, up, weights)
+            grad_weights.copy_(of_weights if down_bias is None else of_weights + grad @ down_bias)
             # Of an expert without rows these are 0.
-            for into, of_out, value in zip(grads, (grad_gate, grad_up, grad), (x, x, inner), strict=False):
-                torch.mm(of_out.t(), value, out=into[e])
+            for result, of_out, value in zip(into[e], (grad_gate, grad_up, grad), (x, x, inner), strict=False):
+                torch.mm(of_out.t(), value, out=result)
             if with_bias:
-                if weights_R is not None:
-                    grad.mul_(weights_R[rows, None])
-                for into, of_out in zip(grads[3:], (grad_gate, grad_up, grad), strict=True):
-                    torch.sum(of_out, 0, out=into[e])
-            grad_x = torch.mm(grad_gate, gate_EFD[e], out=x).addmm_(grad_up, up_EFD[e])
-            grad_x_TD.index_add_(0, tokens, grad_x.to(grad_x_TD.dtype))
+                grad.mul_(weights[:, None])
+                for result, of_out in zip(into[e][3:], (grad_gate, grad_up, grad), strict=True):
+                    torch.sum(of_out, 0, out=result)
+            grad_x = torch.mm(grad_gate, gate_weight, out=x).addmm_(grad_up, up_weight)
+            add_rows(grad_x_TD, tokens, grad_x, None)
         return grad_x_TD
 
-    grad_x_TD = _sum(side_by_side(_sizes(groups), run))
-    return [grad_x_TD.to(x_TD.dtype), *grads, *([] if grad_weights_R is None else [grad_weights_R])]
+    grad_x_TD = _sum(side_by_side(sizes, run))
+    return [grad_x_TD.to(x_TD.dtype), *grads, *([grad_weights_R] if weighted else [])]
 
 
-def _groups(ends_E: Tensor) -> list[slice]:
+def _sizes(ends_E: Tensor) -> list[int]:
     """The rows of each expert, perhaps none."""
-    return [slice(start, stop) for start, stop in itertools.pairwise((0, *ends_E.tolist()))]
+    return [stop - start for start, stop in itertools.pairwise((0, *ends_E.tolist()))]
 
 
-def _sizes(groups: list[slice]) -> list[int]:
-    return [rows.stop - rows.start for rows in groups]
+def _by_expert(sizes: list[int] | None, *tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """For each expert its part of every tensor: its rows by `sizes`, or without them what stands at its number.
+
+    All views at once: made one by one they cost more than the smaller operators do.
+    """
+    parts = (
+        itertools.repeat(None)
+        if tensor is None
+        else tensor.unbind()
+        if sizes is None
+        else tensor[: sum(sizes)].split(sizes)
+        for tensor in tensors
+    )
+    return list(zip(*parts, strict=False))
 
 
 @_one_by_one.register_fake
