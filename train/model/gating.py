@@ -4,14 +4,13 @@ Shapes: n rows, F intermediate size, D hidden size, T tokens.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
-from numba import njit
 from torch import Tensor
 
 from train.model.mlp import activate
-
-REORDERED = {"contract", "reassoc"}  # a sum may be made in vectors; the same vectors in every run
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Gating:
         if not self._in_loops(gate_nF):
             return self(gate_nF, up_nF)
         share_nF = torch.sigmoid(gate_nF)
-        _silu(share_nF.numpy(), gate_nF.numpy(), up_nF.numpy())
+        _loops().silu(share_nF.numpy(), gate_nF.numpy(), up_nF.numpy())
         return share_nF
 
     def backward(
@@ -47,7 +46,7 @@ class Gating:
         if self._in_loops(grad_nF):
             share_nF, inner_nF, grad_weights_n = torch.sigmoid(gate_nF), torch.empty_like(grad_nF), weights_n.clone()
             tensors = (grad_nF, share_nF, gate_nF, up_nF, grad_weights_n, inner_nF)
-            _silu_backward(*(tensor.numpy() for tensor in tensors))
+            _loops().silu_backward(*(tensor.numpy() for tensor in tensors))
             return inner_nF, share_nF, grad_nF, grad_weights_n
         weighted = grad_nF * weights_n[:, None]
         if self.limit is None:
@@ -79,7 +78,7 @@ def add_rows(out_TD: Tensor, tokens_n: Tensor, rows_nD: Tensor, weights_n: Tenso
     wide as rows or wider, so that no product is rounded before the sum (as in `Rows.sum`)."""
     if out_TD.dtype == rows_nD.dtype and _in_loops(rows_nD):
         weights = None if weights_n is None else weights_n.numpy()
-        _add_rows(out_TD.numpy(), tokens_n.numpy(), rows_nD.numpy(), weights)
+        _loops().add_rows(out_TD.numpy(), tokens_n.numpy(), rows_nD.numpy(), weights)
         return
     rows_nD = rows_nD.to(out_TD.dtype)
     out_TD.index_add_(0, tokens_n, rows_nD if weights_n is None else rows_nD.mul_(weights_n[:, None]))
@@ -89,38 +88,9 @@ def _in_loops(value: Tensor) -> bool:
     return value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)
 
 
-@njit(cache=True, nogil=True, fastmath=REORDERED)
-def _add_rows(out_TD, tokens_n, rows_nD, weights_n):
-    for i in range(len(tokens_n)):
-        token = tokens_n[i]
-        for d in range(rows_nD.shape[1]):
-            out_TD[token, d] += rows_nD[i, d] if weights_n is None else weights_n[i] * rows_nD[i, d]
+@cache
+def _loops() -> ModuleType:
+    """Loaded by those who compute experts on a CPU, for it brings numba."""
+    from train.model import loops
 
-
-@njit(cache=True, nogil=True, fastmath=REORDERED)
-def _silu(share_nF, gate_nF, up_nF):
-    """`share_nF` holds sigmoid(gate) and gets the inner value."""
-    for i in range(share_nF.shape[0]):
-        for f in range(share_nF.shape[1]):
-            share_nF[i, f] *= gate_nF[i, f] * up_nF[i, f]
-
-
-@njit(cache=True, nogil=True, fastmath=REORDERED)
-def _silu_backward(grad_nF, share_nF, gate_nF, up_nF, weights_n, inner_nF):
-    """`grad_nF` gets the gradient of up, `share_nF`, which holds sigmoid(gate), that of gate, `weights_n` its own.
-
-    Two loops a row: of more arrays at once the compiler no longer shows that they do not overlap, and stays scalar.
-    """
-    one = weights_n.dtype.type(1)
-    for i in range(grad_nF.shape[0]):
-        weight, total = weights_n[i], one - one
-        for f in range(grad_nF.shape[1]):
-            inner = gate_nF[i, f] * share_nF[i, f] * up_nF[i, f]
-            total += grad_nF[i, f] * inner
-            inner_nF[i, f] = inner * weight
-        for f in range(grad_nF.shape[1]):
-            grad, share = grad_nF[i, f] * weight, share_nF[i, f]
-            silu = gate_nF[i, f] * share
-            share_nF[i, f] = grad * up_nF[i, f] * (share + silu * (one - share))
-            grad_nF[i, f] = grad * silu
-        weights_n[i] = total
+    return loops
