@@ -46,11 +46,11 @@ class Model:
     def from_config(cls, config: Mapping) -> "Model":
         """From a Hugging Face `config.json` of a decoder: dense or mixture of experts, with or without windows.
 
-        Raises ValueError naming the field that is missing.
+        Raises ValueError naming a size that is missing.
         """
         text = complete(config)
-        hidden, layers = _field(text, "hidden_size"), _field(text, "num_hidden_layers")
-        heads = _field(text, "num_attention_heads")
+        hidden, layers = text["hidden_size"], text["num_hidden_layers"]
+        heads = text["num_attention_heads"]
         if text.get("kv_lora_rank"):
             projections, pair = _latent_attention(text)
         else:
@@ -59,7 +59,7 @@ class Model:
             projections = 2 * hidden * head_dim * (2 * heads + 2 * kv_heads)
             pair = 4 * heads * head_dim
         linear = sum(projections + _feed_forward(text, layer) for layer in range(layers))
-        linear += 2 * hidden * _field(text, "vocab_size")
+        linear += 2 * hidden * text["vocab_size"]
         return cls(float(linear), float(pair), _windows(text, layers))
 
     def flops(self, seq_lens: np.ndarray, tokens: int | None = None) -> float:
@@ -103,8 +103,8 @@ def _latent_attention(config: Mapping) -> tuple[int, int]:
     """(FLOPs per token of the projections, per pair) of latent attention (DeepSeek-V3): queries and keys have other
     dimensions than values, and both come from vectors of a low rank."""
     hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
-    inner, turned = _field(config, "qk_nope_head_dim"), _field(config, "qk_rope_head_dim")
-    value, queries = _field(config, "v_head_dim"), config.get("q_lora_rank")
+    inner, turned = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    value, queries = config["v_head_dim"], config.get("q_lora_rank")
     head = heads * (inner + turned)
     weights = hidden * (rank + turned) + rank * heads * (inner + value) + heads * value * hidden
     weights += (hidden + head) * queries if queries else hidden * head
@@ -115,10 +115,10 @@ def _feed_forward(config: Mapping, layer: int) -> int:
     """FLOPs per token of one layer's MLP (gate, up, down) or of the experts that a token visits."""
     hidden = config["hidden_size"]
     if holds_experts(config, layer):
-        width = config.get("moe_intermediate_size") or _field(config, "intermediate_size")
+        width = config.get("moe_intermediate_size") or config["intermediate_size"]
         shared = (config.get("n_shared_experts") or 0) * width + (config.get("shared_expert_intermediate_size") or 0)
-        return 6 * hidden * (_field(config, "num_experts_per_tok") * width + shared) + 2 * hidden * num_experts(config)
-    return 6 * hidden * _field(config, "intermediate_size")
+        return 6 * hidden * (config["num_experts_per_tok"] * width + shared) + 2 * hidden * num_experts(config)
+    return 6 * hidden * config["intermediate_size"]
 
 
 def _windows(config: Mapping, layers: int) -> tuple[int, ...]:
@@ -164,10 +164,3 @@ _SLIDES = {
     "smollm3": _layers_without_rope,
 }
 """By `model_type`: whether a layer slides a window, where windows are on. Of other types every layer does."""
-
-
-def _field(config: Mapping, name: str) -> int:
-    value = config.get(name)
-    if value is None:
-        raise ValueError(f"the model's config has no {name!r}, which its cost needs: give coefficients instead.")
-    return int(value)

@@ -38,7 +38,31 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 else. A key that is there and null is not absent."""
 
 
+NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_NEEDED_WITH = {
+    "kv_lora_rank": ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), ("num_experts_per_tok",)),
+}
+_WHOLE = (*NEEDED, *_NEEDED_WITH, *("num_key_value_heads", "head_dim", "moe_intermediate_size", "sliding_window"))
+
+
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model of a parsed `config.json` (its `text_config`, where it has one), absent keys filled in."""
+    """The language model of a parsed `config.json` (its `text_config`, where it has one), absent keys filled in.
+
+    Raises: ValueError naming a size that is missing, or is no whole number.
+    """
     text = config.get("text_config", config)
-    return {**DEFAULTS.get(text.get("model_type"), {}), **text}
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config of the model's config.json must be an object, not {text!r}")
+    kind = text.get("model_type", "")
+    if not isinstance(kind, str):
+        raise ValueError(f"model_type of the model's config.json must be a string, not {kind!r}")
+    whole = {**DEFAULTS.get(kind, {}), **text}
+    needed = [*NEEDED, *(key for given, keys in _NEEDED_WITH.items() if whole.get(given) for key in keys)]
+    if missing := [key for key in needed if whole.get(key) is None]:
+        raise ValueError(f"the model's config.json has no {missing[0]!r}, which its size and cost follow from")
+    for key in dict.fromkeys((*_WHOLE, *needed)):
+        value, least = whole.get(key), int(key in needed)
+        if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+            raise ValueError(f"{key} of the model's config.json must be a whole number from {least} on, not {value!r}")
+    return whole

@@ -82,7 +82,7 @@ def test_llama_8b():
 def test_nested_config_and_missing_field():
     assert Model.from_config({"text_config": DENSE}) == Model.from_config(DENSE)
     broken = {k: v for k, v in DENSE.items() if k != "intermediate_size"}
-    with pytest.raises(ValueError, match="has no 'intermediate_size', which its cost needs"):
+    with pytest.raises(ValueError, match="has no 'intermediate_size', which its size and cost follow from"):
         Model.from_config(broken)
 
 

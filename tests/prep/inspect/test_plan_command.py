@@ -146,7 +146,19 @@ def test_numbers_that_mean_nothing_are_refused(root, option):
 
 
 def test_a_config_that_is_none_is_named(root, tmp_path):
-    for content, message in (("nonsense", "config.json: not readable as JSON"), ("[]", "config.json: holds no object")):
+    wrong = [("nonsense", "config.json: not readable as JSON"), ("[]", "config.json: holds no object")]
+    for change, message in (
+        ({"hidden_size": None}, "the model's config.json has no 'hidden_size', which its size and cost follow from"),
+        ({"num_experts": 4}, "the model's config.json has no 'num_experts_per_tok'"),
+        (
+            {"num_hidden_layers": "32"},
+            "num_hidden_layers of the model's config.json must be a whole number from 1 on, not '32'",
+        ),
+        ({"sliding_window": -1}, "sliding_window of the model's config.json must be a whole number from 0 on, not -1"),
+        ({"text_config": [1]}, "text_config of the model's config.json must be an object, not [1]"),
+    ):
+        wrong.append((json.dumps(CONFIG | change), message))
+    for content, message in wrong:
         (tmp_path / "config.json").write_text(content)
         result = run("plan", root / "out", "--seq-len", 512, "--model", tmp_path)
         assert result.exit_code == 1
