@@ -2,9 +2,11 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 FOLDER = click.Path(path_type=Path)
 
@@ -86,6 +88,16 @@ class Listed(click.ParamType):
             return tuple(self._kind(item) for item in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of {self._kind.__name__} separated by commas")
+
+
+def given_options(among: Collection[str]) -> list[str]:
+    """The options of these parameters that stand on the command line of the running command."""
+    context = click.get_current_context()
+    return [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name in among and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
 
 
 def echo_json(value: object) -> None:

@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from prep.encode.command import encode, options_of, resumable, sources_of
-from prep.options import Output, Size, as_json, echo_json, quiet
+from prep.options import Output, Size, as_json, echo_json, given_options, quiet
 
 
 @click.command(short_help="Pack raw files or a document store into shards for training.")
@@ -131,7 +130,7 @@ def _origin(inputs: tuple[str, ...], out: str, given: dict):
 
     place = find_store(inputs)
     if place is not None:
-        if useless := [name for name in _given_options(_ENCODING) if name != "--mix"]:
+        if useless := [name for name in given_options(_ENCODING) if name != "--mix"]:
             raise click.ClickException(
                 f"{place} is encoded already: leave out {', '.join(useless)}, or name the raw files"
             )
@@ -142,16 +141,6 @@ def _origin(inputs: tuple[str, ...], out: str, given: dict):
         raise without_tokenizer(sources)
     store = f"{out.rstrip('/')}.store" if "://" in out else None
     return Encoding(sources, options_of(given["roles"], given), given["runner"], given["ray_address"], store)
-
-
-def _given_options(among: set[str]) -> list[str]:
-    """The options of these parameters that stand on the command line."""
-    context = click.get_current_context()
-    return [
-        max(parameter.opts, key=len)
-        for parameter in context.command.params
-        if parameter.name in among and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
-    ]
 
 
 def read_reports(folders: list[Path]) -> list[dict]:

@@ -161,11 +161,11 @@ def sources_of(inputs: tuple, mix: str | None, columns: tuple[str, ...], given: 
 
 
 def options_of(roles: tuple[str, ...], given: dict) -> EncodeOptions:
-    """The options that decide the store, from the command line's."""
+    """The options that decide the store, from those of the command line that the command has."""
     names = ("tokenizer", "chat_template", "template_date", "allow_special", "engine", "on_error", "max_errors")
     names += ("dedup", "keep_untrained", "unit_bytes")
     mask = MaskPolicy(given["train_on"], tuple(roles) or ("assistant",), given["end_of_turn"])
-    options = EncodeOptions(mask=mask, **{name: given[name] for name in names})
+    options = EncodeOptions(mask=mask, **{name: given[name] for name in names if name in given})
     if options.max_errors is not None and options.on_error != "skip":
         raise click.UsageError("--max-errors is for --on-error skip; without it the first bad record ends the run")
     return options

@@ -2,6 +2,7 @@
 
 import click
 
+from prep.inspect.raw import OPTIONS, raw_input
 from prep.options import FOLDER, Output, as_json, echo_json, quiet
 from prep.options import workers as workers_option
 
@@ -70,10 +71,11 @@ def verify(folder, deep, rebuild, workers, as_json, quiet) -> None:
 @workers_option
 @quiet
 @as_json
-def lint(inputs, tokenizer, workers, as_json, quiet) -> None:
+def lint(inputs, tokenizer, workers, as_json, quiet, **given) -> None:
     """Look for what makes training wrong in INPUTS: raw files, one document store, or one packed folder.
 
-    Exit code 1 when there is an error; warnings and notes leave it at 0.
+    Exit code 1 when there is an error; warnings and notes leave it at 0. The options from --input-format on say how raw
+    files are read, as in prep encode.
 
     \b
     prep lint chats.jsonl --tokenizer model/
@@ -81,7 +83,7 @@ def lint(inputs, tokenizer, workers, as_json, quiet) -> None:
     """
     from prep.inspect.subject import lint_inputs
 
-    results = lint_inputs(inputs, tokenizer, workers)
+    results = lint_inputs(*raw_input(inputs, tokenizer, given), workers)
     if as_json:
         echo_json(results)
     else:
@@ -93,6 +95,9 @@ def lint(inputs, tokenizer, workers, as_json, quiet) -> None:
             print_lint(Console(), name, result, errors_only=quiet)
     if any(result["errors"] for result in results.values()):
         raise SystemExit(1)
+
+
+lint.params.extend(OPTIONS)
 
 
 @click.command(short_help="Show packs: documents in colours, targets bold, padding dim.")

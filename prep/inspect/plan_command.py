@@ -2,6 +2,7 @@
 
 import click
 
+from prep.inspect.raw import OPTIONS, raw_input
 from prep.options import FOLDER, Listed, as_json, echo_json, quiet
 
 _ABOVE_0 = click.FloatRange(min=0, min_open=True)
@@ -62,10 +63,11 @@ _SHARE = click.FloatRange(min=0, max=1, min_open=True)
 @click.option("--mfu", default=0.4, show_default=True, type=_SHARE, help="Share of the peak that is reached.")
 @quiet
 @as_json
-def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, quiet, as_json, **setup) -> None:
+def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, quiet, as_json, **given) -> None:
     """What packing INPUTS (raw files, a document store or packed shards) would give, without writing anything.
 
-    Raw input is sampled, and the error of the sample stated. Documents over the capacity are cut. The last table is the
+    Raw input is sampled, and the error of the sample stated; the options from --input-format on say how it is read, as
+    in prep encode. Documents over the capacity are cut. The last table is the
     training run on the best row of every capacity.
 
     \b
@@ -73,6 +75,7 @@ def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, quiet, as_js
     prep plan packed.store --seq-len 8192 --algo bfd --cp 8 --model model/ --gpus 64 --tp 2 --batch-tokens 4194304
     """
     import json
+    from dataclasses import fields
 
     from prep.inspect.forecast import Setup
     from prep.inspect.run_plan import make_report, print_report
@@ -88,10 +91,15 @@ def plan(inputs, seq_lens, algos, cps, tokenizer, sample_mb, model, quiet, as_js
             raise click.ClickException(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(config, dict):
             raise click.ClickException(f"{path}: holds no object; it must be the config.json of a model")
-    value = make_report(inputs, tokenizer, sample_mb << 20, algos, seq_lens, cps, Setup(config=config, **setup))
+    sources, options = raw_input(inputs, tokenizer, given)
+    setup = Setup(config=config, **{field.name: given[field.name] for field in fields(Setup) if field.name in given})
+    value = make_report(sources, options, sample_mb << 20, algos, seq_lens, cps, setup)
     if as_json:
         echo_json(value)
     elif not quiet:
         from rich.console import Console
 
         print_report(Console(), value)
+
+
+plan.params.extend(OPTIONS)

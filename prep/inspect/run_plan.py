@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from formats.layout import slot_alignment
+from prep.encode.options import EncodeOptions
+from prep.encode.sources import SourceSpec
 from prep.inspect.forecast import Setup, forecast, warnings
 from prep.inspect.sample import read_lengths
 from prep.inspect.whatif import Outcome, table
@@ -14,8 +16,8 @@ from prep.plan import PackOptions
 
 
 def make_report(
-    inputs: Sequence[str],
-    tokenizer: str | None,
+    inputs: Sequence[str | SourceSpec],
+    options: EncodeOptions | None,
     sample_bytes: int,
     algos: Sequence[str],
     seq_lens: Sequence[int],
@@ -33,7 +35,7 @@ def make_report(
     fitting = [cp for cp in cps if setup.fits(cp)]
     if not fitting:
         setup.width(cps[0])  # says why
-    read = read_lengths(inputs, tokenizer, sample_bytes)
+    read = read_lengths(inputs, options, sample_bytes)
     rows = table(read.lengths, algos, seq_lens, cps, _cost(setup))
     best = [
         max((r for r in rows if r.seq_len == n and r.cp in fitting), key=lambda r: r.fill, default=None)

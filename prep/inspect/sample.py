@@ -15,11 +15,11 @@ from formats.dataset import PackedDataset
 from prep.encode.cuts import cut_units
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
-from prep.encode.sources import as_sources, find_inputs, without_tokenizer
-from prep.encode.store import DocumentStore, read_store
+from prep.encode.sources import SourceSpec, as_sources, find_inputs, without_tokenizer
+from prep.encode.store import DocumentStore
 from prep.inspect.documents import read_slots
 from prep.inspect.facts import packed_folders
-from prep.inspect.subject import is_packed
+from prep.inspect.subject import is_packed, is_store, place_of
 
 UNIT_BYTES = 64 << 10
 """Input of a sampled unit: small, so that a sample comes from many places …"""
@@ -44,22 +44,24 @@ class Lengths(NamedTuple):
     origin: str
 
 
-def read_lengths(inputs: Sequence[str], tokenizer: str | None, sample_bytes: int = SAMPLE_BYTES) -> Lengths:
-    """Lengths of a packed folder (its training set), a document store, or raw files (with a tokenizer).
+def read_lengths(
+    inputs: Sequence[str | SourceSpec], options: EncodeOptions | None, sample_bytes: int = SAMPLE_BYTES
+) -> Lengths:
+    """Lengths of a packed folder (its training set), a document store, or raw files (encoded with `options`).
 
     Raw input is sampled: every k-th unit of `UNIT_BYTES` is encoded, and the number of tokens per byte is carried over
     to the rest; the error follows from how much it differs between units.
     """
     if is_packed(inputs):
-        folder = packed_folders(Path(inputs[0]))[0]
+        folder = packed_folders(Path(place_of(inputs[0])))[0]
         _, lengths = read_slots(PackedDataset(folder)).documents()
         return Lengths(lengths.astype(np.int32), 1.0, 0.0, 0.0, f"the documents packed in {folder}")
-    if len(inputs) == 1 and Path(inputs[0]).is_dir() and read_store(Path(inputs[0])) is not None:
-        return Lengths(DocumentStore.open(inputs[0]).lengths, 1.0, 0.0, 0.0, f"all documents of {inputs[0]}")
-    if tokenizer is None:
-        raise without_tokenizer(as_sources([str(path) for path in inputs]))
-    options = EncodeOptions(tokenizer=str(tokenizer))
+    if is_store(inputs):
+        store = place_of(inputs[0])
+        return Lengths(DocumentStore.open(store).lengths, 1.0, 0.0, 0.0, f"all documents of {store}")
     sources = as_sources(inputs)
+    if options is None:
+        raise without_tokenizer(sources)
     files, _ = find_inputs(sources)
     unit_bytes = max(UNIT_BYTES, sum(file.bytes for file in files) // MOST_UNITS)
     units = cut_units(files, sources, unit_bytes)
@@ -68,9 +70,9 @@ def read_lengths(inputs: Sequence[str], tokenizer: str | None, sample_bytes: int
     with tempfile.TemporaryDirectory(prefix="prep-") as folder:
         store = Path(folder) / "store"
         if every <= 1:
-            lengths = np.array(encode(inputs, store, options).lengths)
+            lengths = np.array(encode(sources, store, options).lengths)
             return Lengths(lengths, 1.0, 0.0, 0.0, "all documents of the input")
-        encode(inputs, store, replace(options, unit_bytes=unit_bytes), unit_range=(1, every))
+        encode(sources, store, replace(options, unit_bytes=unit_bytes), unit_range=(1, every))
         read = _read_units(store)
     chosen = sizes[::every]
     tokens = np.array([lengths.sum(dtype=np.int64) for lengths in read], np.float64)

@@ -3,13 +3,15 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from formats.dataset import INDEX_NAME, PackedDataset
 from formats.manifest import MANIFEST_NAME
+from prep.encode.builtin import load_template
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
-from prep.encode.sources import as_sources, without_tokenizer
+from prep.encode.sources import SourceSpec, as_sources, without_tokenizer
 from prep.encode.store import DocumentStore, read_store
 from prep.encode.templates import ChatTemplate
 from prep.encode.tokenizer import TokenizerFolder, read_tokenizer
@@ -26,54 +28,68 @@ PROBE = [
 
 
 @contextmanager
-def open_store(inputs: Sequence[str], tokenizer: str | None, workers: int = 1) -> Iterator[DocumentStore]:
+def open_store(
+    inputs: Sequence[str | SourceSpec], options: EncodeOptions | None, workers: int = 1
+) -> Iterator[DocumentStore]:
     """The store that is named, or one encoded from raw files into a temporary folder for as long as it is looked at."""
-    if len(inputs) == 1 and Path(inputs[0]).is_dir() and read_store(Path(inputs[0])) is not None:
-        yield DocumentStore.open(inputs[0])
+    if is_store(inputs):
+        yield DocumentStore.open(place_of(inputs[0]))
         return
-    if tokenizer is None:
-        raise without_tokenizer(as_sources([str(path) for path in inputs]))
+    sources = as_sources(inputs)
+    if options is None:
+        raise without_tokenizer(sources)
     with tempfile.TemporaryDirectory(prefix="prep-") as folder:
         # Documents without a target are what lint looks for: they are kept here.
-        options = EncodeOptions(tokenizer=str(tokenizer), keep_untrained=True)
-        yield encode([str(i) for i in inputs], Path(folder) / "store", options, workers=workers)
+        yield encode(sources, Path(folder) / "store", replace(options, keep_untrained=True), workers=workers)
 
 
-def is_packed(inputs: Sequence[str]) -> bool:
+def place_of(item: str | SourceSpec) -> str:
+    """The path or address of one input."""
+    return item.paths[0] if isinstance(item, SourceSpec) else str(item)
+
+
+def is_store(inputs: Sequence[str | SourceSpec]) -> bool:
+    """Whether `inputs` is one finished document store."""
+    return len(inputs) == 1 and Path(place_of(inputs[0])).is_dir() and read_store(Path(place_of(inputs[0]))) is not None
+
+
+def is_packed(inputs: Sequence[str | SourceSpec]) -> bool:
     """Whether `inputs` is one packed folder (or its train and eval), whole or not."""
-    if len(inputs) != 1 or not Path(inputs[0]).is_dir():
+    if len(inputs) != 1 or not Path(place_of(inputs[0])).is_dir():
         return False
     names = (MANIFEST_NAME, INDEX_NAME)
-    return any((part / name).is_file() for part in packed_folders(Path(inputs[0])) for name in names)
+    return any((part / name).is_file() for part in packed_folders(Path(place_of(inputs[0]))) for name in names)
 
 
-def lint_inputs(inputs: Sequence[str], tokenizer: str | None, workers: int = 1) -> dict[str, dict]:
+def lint_inputs(inputs: Sequence[str | SourceSpec], options: EncodeOptions | None, workers: int = 1) -> dict[str, dict]:
     """Findings (see `prep.inspect.lint.lint`) by name of what was looked at. `workers` share shards and raw input."""
     results = {}
     if is_packed(inputs):
-        for part in packed_folders(Path(inputs[0])):
+        for part in packed_folders(Path(place_of(inputs[0]))):
             ledger = Ledger.read_file(part / LEDGER_NAME).to_json()
             results[str(part)] = lint_packed(PackedDataset(part), ledger, workers)
     else:
-        with open_store(inputs, tokenizer, workers) as store:
-            results[" ".join(map(str, inputs))] = lint_store(store)
-    if tokenizer is not None:
-        for found in lint_template(read_tokenizer(tokenizer)):
+        with open_store(inputs, options, workers) as store:
+            results[" ".join(map(place_of, inputs))] = lint_store(store)
+    if options is not None:
+        for found in lint_template(read_tokenizer(options.tokenizer), options.chat_template):
             for result in results.values():
                 result["findings"].append(found)
                 result["warnings"] += found["level"] == "warning"
     return results
 
 
-def lint_template(folder: TokenizerFolder) -> list[dict]:
-    """Whether the chat template renders the beginning of a chat as the beginning of its rendering.
+def lint_template(folder: TokenizerFolder, name: str | None = None) -> list[dict]:
+    """Whether a chat template (by a name that `load_template` knows, else the folder's own) renders the beginning of a
+    chat as the beginning of its rendering.
 
     A template that rewrites earlier turns (such as one that takes the reasoning out of all but the last) trains turns
     that the model never sees so when it is used.
     """
-    if folder.chat_template is None:
+    text = load_template(name, folder)
+    if text is None:
         return []
-    template = ChatTemplate(folder.chat_template, folder.special_tokens, "2024-01-01")
+    template = ChatTemplate(text, folder.special_tokens, "2024-01-01")
     try:
         whole = template.render(PROBE)
         stable = whole.startswith(template.render(PROBE[:2])) and whole.startswith(

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from byte_tokenizer import write_byte_tokenizer
 from formats.dataset import PackedDataset
 from prep.cli import main
+from prep.encode.options import EncodeOptions
 from prep.encode.store import UnitWriter
 from prep.inspect import sample
 from prep.ledger import Ledger
@@ -66,7 +67,7 @@ def test_of_many_compressed_files_a_few_are_read(tmp_path, root):
     data = (root / "in.jsonl").read_bytes()
     for k in range(12):
         (tmp_path / f"{k:02}.jsonl.gz").write_bytes(gzip.compress(data))
-    found = sample.read_lengths([str(tmp_path)], str(root), 1000)
+    found = sample.read_lengths([str(tmp_path)], EncodeOptions(str(root)), 1000)
     assert (len(found.lengths), round(found.scale)) == (4 * 4000, 3)
     assert found.origin.startswith("a sample: 33.3% of the input, 4 places")
 
@@ -84,7 +85,7 @@ def test_units_are_counted_beyond_five_digits(tmp_path):
 def test_a_sample_states_its_error(root, monkeypatch):
     monkeypatch.setattr(sample, "UNIT_BYTES", 4096)
     truth = sample.read_lengths([str(root / "out.store")], None)
-    guess = sample.read_lengths([str(root / "in.jsonl")], str(root), 60_000)
+    guess = sample.read_lengths([str(root / "in.jsonl")], EncodeOptions(str(root)), 60_000)
     assert guess.scale > 3
     assert 0 < guess.error < 0.3
     tokens = guess.lengths.sum() * guess.scale
