@@ -151,10 +151,8 @@ def test_a_config_that_is_none_is_named(root, tmp_path):
     for change, message in (
         ({"hidden_size": None}, "the model's config.json has no 'hidden_size', which its size and cost follow from"),
         ({"num_experts": 4}, "the model's config.json has no 'num_experts_per_tok'"),
-        (
-            {"num_hidden_layers": "32"},
-            "num_hidden_layers of the model's config.json must be a whole number from 1 on, not '32'",
-        ),
+        ({"vocab_size": "32"}, "vocab_size of the model's config.json must be a whole number from 1 on, not '32'"),
+        ({"model_type": ["llama"]}, "model_type of the model's config.json must be a string, not ['llama']"),
         ({"sliding_window": -1}, "sliding_window of the model's config.json must be a whole number from 0 on, not -1"),
         ({"text_config": [1]}, "text_config of the model's config.json must be an object, not [1]"),
     ):
