@@ -1,12 +1,12 @@
 """Tokens a second through a layer of experts, forward and backward, beside a plain loop and transformers' own layer.
 
     python tools/bench_moe.py [--tokens 2048] [--hidden 512] [--intermediate 256] [--experts 64] [--top-k 8]
-                              [--threads 2] [--rounds 3] [--json FILE]
+                              [--threads 2] [--rounds 9] [--json FILE]
 
 All layers hold the same weights, see the same tokens and must give the same output and gradients before they are timed,
-in turns, best of the rounds; on CPU in float32, on a GPU in bfloat16. "loop" is the reference anybody would write: for
-each expert the tokens that chose it, indexed, computed, added. transformers has several ways; the one that a model
-built without a word about it takes on this device is marked.
+in turns; of the rounds the median counts. On CPU in float32, on a GPU in bfloat16. "loop" is the reference anybody would
+write: for each expert the tokens that chose it, indexed, computed, added. transformers has several ways; the one that a
+model built without a word about it takes on this device is marked.
 
 "share" is that of a dense matrix product: the layer's multiplications (2 a weight and token forward, 4 backward) a
 second over those of a square product of 2048 (on a GPU 8192) in the same type with the same threads. "products alone"
@@ -22,6 +22,7 @@ FILE keeps what it holds of other numbers of tokens.
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -195,7 +196,7 @@ def main() -> None:
     for name, default in (("tokens", 2048), ("hidden", 512), ("intermediate", 256), ("experts", 64), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -215,19 +216,20 @@ def main() -> None:
             error = (error_T.median() if dtype == torch.bfloat16 else error_T.max()).item()
             assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5), f"{name} is off by {error}"
 
-    best = dict.fromkeys((*found, "products alone"), (float("inf"), float("inf")))
+    took = {name: [] for name in (*found, "products alone")}
     alone = products_alone(options, x_TD)
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    dense = float("inf")
+    of_dense = []
     for _ in range(options.rounds):
         for name, layer in found.items():
-            best[name] = tuple(map(min, best[name], seconds(layer, x_TD)[:2]))
+            took[name].append(seconds(layer, x_TD)[:2])
             clear(layer)
-        best["products alone"] = tuple(map(min, best["products alone"], alone()))
-        dense = min(dense, _time(lambda: a @ b, device))
+        took["products alone"].append(alone())
+        of_dense.append(_time(lambda: a @ b, device))
+    median = {name: tuple(map(statistics.median, zip(*times, strict=True))) for name, times in took.items()}
     forward_flops = 6 * options.tokens * options.top_k * options.hidden * options.intermediate
-    peak = 2 * size**3 / dense
+    peak = 2 * size**3 / statistics.median(of_dense)
     print(
         f"{options.experts} experts, top-{options.top_k}, hidden {options.hidden}, intermediate "
         f"{options.intermediate}, {options.tokens} tokens, {device.type} {dtype}, {options.threads} threads\n\n"
@@ -235,17 +237,19 @@ def main() -> None:
     )
     record = {"options": {k: v for k, v in vars(options).items() if k != "json"}, "layers": {}}
     sent_bytes = {}
-    for name, times in best.items():
+    for name, times in median.items():
         facts, line = {}, f"{name:40}"
-        for part, took, flops, ours in zip(
-            ("forward", "forward_backward"), times, (forward_flops, 3 * forward_flops), best["meshpack"], strict=True
+        for part, time_taken, flops, ours in zip(
+            ("forward", "forward_backward"), times, (forward_flops, 3 * forward_flops), median["meshpack"], strict=True
         ):
             facts[part] = {
-                "tokens_per_second": options.tokens / took,
-                "meshpack_is_faster_by": took / ours,
-                "share_of_dense_matmul": flops / took / peak,
+                "tokens_per_second": options.tokens / time_taken,
+                "meshpack_is_faster_by": time_taken / ours,
+                "share_of_dense_matmul": flops / time_taken / peak,
             }
-            line += f"{options.tokens / took:12,.0f} /s {took / ours:5.2f}x {flops / took / peak:5.0%} "
+            line += (
+                f"{options.tokens / time_taken:12,.0f} /s {time_taken / ours:5.2f}x {flops / time_taken / peak:5.0%} "
+            )
         record["layers"][name] = facts
         print(line)
     print("\ntokens a second; how much longer it takes than meshpack; share of a dense matrix product")

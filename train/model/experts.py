@@ -162,17 +162,19 @@ def _one_by_one_backward(
         for e in experts:
             tokens, gate, up, weights, grad_weights = of_rows[e]
             gate_weight, up_weight, down_weight, down_bias = of_experts[e]
-            x, grad = x_TD.index_select(0, tokens), grad_TD.index_select(0, tokens)
+            grad = grad_TD.index_select(0, tokens)
             # Of the weights: grad · (down · inner) without what the expert gave, which is not kept.
             inner, grad_gate, grad_up, of_weights = gating.backward(grad @ down_weight, gate, up, weights)
             grad_weights.copy_(of_weights if down_bias is None else of_weights + grad @ down_bias)
-            # Of an expert without rows these are 0.
-            for result, of_out, value in zip(into[e], (grad_gate, grad_up, grad), (x, x, inner), strict=False):
-                torch.mm(of_out.t(), value, out=result)
+            # The gradients of an expert without rows are 0.
+            of_gate, of_up, of_down, *of_biases = into[e]
+            torch.mm(grad.t(), inner, out=of_down)
             if with_bias:
-                grad.mul_(weights[:, None])
-                for result, of_out in zip(into[e][3:], (grad_gate, grad_up, grad), strict=True):
-                    torch.sum(of_out, 0, out=result)
+                for of_bias, value in zip(of_biases, (grad_gate, grad_up, grad.mul_(weights[:, None])), strict=True):
+                    torch.sum(value, 0, out=of_bias)
+            x = torch.index_select(x_TD, 0, tokens, out=grad)
+            torch.mm(grad_gate.t(), x, out=of_gate)
+            torch.mm(grad_up.t(), x, out=of_up)
             grad_x = torch.mm(grad_gate, gate_weight, out=x).addmm_(grad_up, up_weight)
             add_rows(grad_x_TD, tokens, grad_x, None)
         return grad_x_TD
