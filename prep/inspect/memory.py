@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from formats.defaults import complete
 from formats.stages import EMBEDDING_OVER_HEAD, split_by_cost
-from prep.inspect.layers import Layer, key_width, layers
+from prep.inspect.layers import Layer, key_width, layers, num_experts
 
 CPU_LOGIT_BYTES, GPU_LOGIT_BYTES, MIN_CHUNK, MAX_CHUNK = 1 << 26, 1 << 29, 128, 8192
 """How many logits exist at a time: the constants of `train/loss.py`."""
@@ -39,6 +39,16 @@ class Layout:
     def shards(self) -> int:
         """Ranks that FSDP divides parameters among."""
         return self.dp_shard * self.cp
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether FSDP has anything to do."""
+        return self.shards * self.tp > 1 or self.bytes == 2
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that FSDP divides the experts of an expert-parallel rank among."""
+        return max(1, self.shards * self.tp // self.ep)
 
 
 def parameters(config: Mapping) -> int:
@@ -79,14 +89,16 @@ def _of_stage(text: Mapping, stage: list[Layer], number: int, layout: Layout) ->
     ends = vocabulary * hidden * matrices // layout.tp
     dense = sum(layer.dense_of(layout.tp) for layer in stage) + ends
     experts = sum(layer.experts for layer in stage) // layout.ep
-    local = dense // layout.shards + experts // max(1, layout.shards * layout.tp // layout.ep)
+    share = _largest_share(text, layout)
+    local = dense // layout.shards + int(experts * share)
     tokens = layout.tokens // layout.cp
 
-    whole = max(layer.dense_of(layout.tp) + layer.experts // layout.ep for layer in stage)
-    sharded = layout.shards > 1
-    gathered = (layout.bytes * (dense + experts if layout.pp > 1 else 2 * whole + ends)) if sharded else 0
-    accumulated = sharded and layout.rows > 1
-    gradients = 4 * (dense + experts if accumulated else local)
+    # What FSDP gathers of a layer: shares all as large as the largest. Over one rank it copies.
+    padded = share * layout.expert_shards
+    wholes = [layer.dense_of(layout.tp) + int(layer.experts // layout.ep * padded) for layer in stage]
+    whole = max(wholes) if layout.fsdp else 0
+    gathered = layout.bytes * ((sum(wholes) if layout.pp > 1 else 2 * whole) + ends) if layout.fsdp else 0
+    gradients = 4 * (dense + experts if layout.rows > 1 else local)
     under_way = min(layout.pp - number, layout.rows)
     kept = sum(_kept(layer, layout, hidden) for layer in stage)
     # torch makes room for the hidden states, and for their gradients, of all rows of a step.
@@ -96,7 +108,7 @@ def _of_stage(text: Mapping, stage: list[Layer], number: int, layout: Layout) ->
     widest = max(layer.kept * layout.bytes + layer.bytes for layer in stage) // layout.tp
     gathered_keys = 2 * 2 * layout.tokens * key_width(text) // layout.tp if layout.cp > 1 else 0
     again = (widest * tokens if layout.recompute == "full" else 0) + widest * tokens // 4 + layout.bytes * gathered_keys
-    backward = again + ((layout.bytes + 4) * whole if sharded else 0)
+    backward = again + (layout.bytes + 4) * whole
     head = _head(tokens, hidden, vocabulary // layout.tp, layout) if last else 0
     step = 0 if layout.gpu else 4 * local
     # (gradients, activations, working) at the moments that can be the highest. Gradients of the first row come while
@@ -110,6 +122,16 @@ def _of_stage(text: Mapping, stage: list[Layer], number: int, layout: Layout) ->
     value = {"parameters": 4 * local, "optimizer": 8 * local, "gradients": held, "gathered": gathered}
     value |= {"activations": alive, "working": working}
     return {**value, "total": sum(value.values())}
+
+
+def _largest_share(text: Mapping, layout: Layout) -> float:
+    """Of the experts of an expert-parallel rank, what the fullest of its FSDP ranks has: FSDP cuts evenly between whole
+    experts, their rows or their columns, or, where none of these numbers can be divided, between whole experts."""
+    ranks, held = layout.expert_shards, num_experts(text) // layout.ep
+    width = text.get("moe_intermediate_size") or text["intermediate_size"]
+    if not held or any(size % ranks == 0 for size in (held, text["hidden_size"], width)):
+        return 1 / ranks
+    return -(-held // ranks) / held
 
 
 def _kept(layer: Layer, layout: Layout, hidden: int) -> float:

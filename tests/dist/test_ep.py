@@ -73,6 +73,7 @@ CASES = {
         case(2, tp=2, sp=False, family="qwen2_moe"),
         case(2, tp=2, family="qwen2_moe", recompute="selective"),
     ],
+    3: [case(1, family="mixtral"), case(1, family="gpt_oss", recompute="selective")],  # 4 experts: each is cut within
     4: [
         case(2, family="mixtral"),
         case(2, dp_replicate=2, family="qwen2_moe"),

@@ -64,6 +64,7 @@ def check(world, content, rows, recompute, kernel, **axes):
     [
         (2, MIXTURE, 1, "none", True, {"ep": 2}),
         (2, MIXTURE, 2, "selective", True, {"ep": 2}),
+        (2, MIXTURE, 2, "full", True, {"tp": 2}),
         (4, MIXTURE, 4, "full", True, {"ep": 2, "pp": 2}),
     ],
 )
@@ -100,6 +101,20 @@ def test_parameters_of_a_tensor_rank(tmp_path):
             folder,
             axes,
         )
+
+
+def test_parameters_of_experts_on_more_ranks_than_there_are_experts(tmp_path):
+    """Rows or columns of each are cut then; only where none of both can be divided, some ranks hold more experts."""
+    sizes = {"vocab_size": 320, "intermediate_size": 82, "num_local_experts": 2}
+    even = write_tiny_model(tmp_path / "even", "mixtral", **sizes)
+    uneven = write_tiny_model(tmp_path / "uneven", "gpt_oss", **sizes | {"num_local_experts": 6, "hidden_size": 50})
+    cases = [(even, {}), (even, {"tp": 2}), (even, {"tp": 2, "cp": 2}), (uneven, {}), (uneven, {"tp": 4, "ep": 2})]
+    ranks = run_ranks(held, 4, cases)
+    for (folder, axes), *counts in zip(cases, *ranks, strict=True):
+        content = json.loads((folder / "config.json").read_text())
+        layout = estimate.Layout(TOKENS, dp_shard=4 // axes.get("tp", 1) // axes.get("cp", 1), bytes=4, **axes)
+        assert estimate.memory(content, layout)["parameters"] / 4 == pytest.approx(max(counts), rel=0.02), axes
+        assert folder is uneven or min(counts) > 0.98 * max(counts), axes
 
 
 @pytest.mark.slow

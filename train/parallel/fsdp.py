@@ -4,6 +4,7 @@ One communication group for each block, one for the rest at the root. Gradients 
 already divided by the step's global number of targets, so every layout gives the same gradient.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,11 +18,25 @@ from train.parallel.tensor_axis import is_cut_unevenly
 from train.precision import cast_dtypes
 
 
-def _cut(parameter: nn.Parameter) -> Shard:
+def _cut(parameter: nn.Parameter, ranks: int) -> Shard:
     """FSDP cuts rows; columns where tp has cut the rows into uneven parts: what FSDP makes of those (parts of parts)
-    and what a DTensor says of them are two different things."""
+    and what a DTensor says of them are two different things. Stacked experts, alone of three dimensions, it cuts as
+    `_cut_experts` says."""
+    if parameter.ndim == 3:
+        return _cut_experts(parameter, ranks)
     is_uneven = isinstance(parameter, DTensor) and is_cut_unevenly(parameter)
     return Shard(1 if is_uneven and parameter.ndim > 1 else 0)
+
+
+def _cut_experts(parameter: nn.Parameter, ranks: int) -> Shard:
+    """Whole experts where they go round, which gathering need not interleave, else rows or columns of each: over more
+    ranks than experts, most would hold none, and what is gathered would be filled up to one for each. FSDP cuts these
+    evenly or not at all."""
+    is_spread = isinstance(parameter, DTensor)
+    held = parameter.to_local() if is_spread else parameter
+    if len(held) % ranks == 0 and not (is_spread and ranks == 1):
+        return Shard(0)
+    return Shard(next((dim for dim in range(1, held.ndim) if held.shape[dim] % ranks == 0), 0))
 
 
 def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
@@ -41,7 +56,8 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: Config) -> nn.Module:
     offload = (
         CPUOffloadPolicy(pin_memory=mesh.root.device_type == "cuda") if config.layout.cpu_offload else OffloadPolicy()
     )
-    options = {"mesh": mesh.fsdp, "mp_policy": precision, "offload_policy": offload, "shard_placement_fn": _cut}
+    options = {"mesh": mesh.fsdp, "mp_policy": precision, "offload_policy": offload}
+    options["shard_placement_fn"] = partial(_cut, ranks=mesh.fsdp.shape[-1])
 
     # A stage of a pipeline keeps its weights gathered until all rows of the step are through.
     reshard = config.layout.reshard and mesh.pp_size == 1
@@ -79,18 +95,11 @@ def _shard_mixture(mixture: MixtureOfExperts, mesh: Mesh, options: dict[str, Any
     if mesh.experts is None:
         return
     axes = ("dp_replicate", "ep_shard") if mesh.experts["dp_replicate"].size() > 1 else "ep_shard"
-    ranks = mesh.experts["ep_shard"].size()
-
-    def placement(parameter: nn.Parameter) -> Shard | None:
-        # Whole experts where they go round, which gathering need not interleave, else rows of each.
-        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        whole = ranks > 1 and len(held) % ranks == 0
-        return Shard(1) if not whole and held.shape[1] % ranks == 0 else None
-
+    cut = partial(_cut_experts, ranks=mesh.experts["ep_shard"].size())
     fully_shard(
         mixture.experts,
         reshard_after_forward=reshard,
-        **(options | {"mesh": mesh.experts[axes], "shard_placement_fn": placement}),
+        **(options | {"mesh": mesh.experts[axes], "shard_placement_fn": cut}),
     )
 
 
