@@ -16,6 +16,7 @@ from whole_runs import FIELDS, cli, read_metrics, run, steps_of
 import train.main
 import train.model.experts
 import train.model.probe
+from formats.dataset import PackedDataset
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
 from train.checkpoint import step_folder, whole_checkpoints
@@ -99,8 +100,6 @@ def test_from_scratch_every_layout_begins_with_the_same_weights(flags, data, tin
 
 def evaluate_with_transformers(model, folder):
     """Mean loss over the targets, one document at a time."""
-    from formats.dataset import PackedDataset
-
     dataset, total, targets = PackedDataset(folder), 0.0, 0
     for i in range(len(dataset)):
         pack, start = dataset[i], 0
@@ -170,11 +169,14 @@ def test_a_mixture_trains_evaluates_on_several_sets_and_resumes_only_as_itself(f
     two = [f"{data / 'train'}:3", f"{data / 'eval'}:1"]
     mixture = [*flags(shards=two[0], steps=2), "--shards", two[1]]
     sets = ["--eval-shards", str(data / "eval"), "--eval-shards", str(data / "train")]
-    (said,) = run_ranks(run, 1, [*mixture, *sets, "--profile", "1"])
+    (said,) = run_ranks(run, 1, [*mixture, *sets, "--profile", "1", "--eval-packs", "2"])
     assert "--profile traces nothing: it begins after 2 steps, and 2 are left" in said
     assert f"mixture: {data / 'train'} 76.9%, 10 packs an epoch = 1.00 passes; {data / 'eval'} 23.1%" in said
-    evaluated = [line["eval_shards"] for line in read_metrics(tmp_path / "out") if "eval_loss" in line]
-    assert evaluated == 2 * [str(data / "eval"), str(data / "train")]
+    evaluated = [line for line in read_metrics(tmp_path / "out") if "eval_loss" in line]
+    folders = [str(data / "eval"), str(data / "train")]
+    assert [line["eval_shards"] for line in evaluated] == 2 * folders
+    first_two = [int(PackedDataset(folder).index.target_tokens[:2].sum()) for folder in folders]
+    assert [line["eval_target_tokens"] for line in evaluated] == 2 * first_two
     run_ranks(run, 2, [*mixture, "--resume", "auto", "--steps", "4"])
     assert [line["step"] for line in steps_of(tmp_path / "out")] == [1, 2, 3, 4]
     other = [*flags(shards=two[0], steps=6), "--shards", str(data / "eval") + ":2", "--resume", "auto"]
