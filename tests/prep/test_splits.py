@@ -46,6 +46,15 @@ def test_a_whole_source_is_held_out(tokenizer, tmp_path):
     assert "--eval-source c is none of the sources a.jsonl, b.jsonl" in result.output
 
 
+def test_documents_that_are_cut_count_for_their_own_source(tokenizer, tmp_path):
+    texts = {"a": ["short", "x" * 700, "y" * 300], "b": ["z" * 600], "c": ["short"]}
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", [{"text": t} for t in some]) for name, some in texts.items()]
+    out = packed(files[0], tmp_path / "out", tokenizer, *files[1:], "--overlong", "split")
+    ledger = json.loads((out / "ledger.json").read_text())
+    counts = [ledger["sources"][f"{name}.jsonl"]["notes"].get("split_documents") for name in texts]
+    assert (counts, ledger["total"]["notes"]["split_documents"]) == ([2, 1, None], 3)
+
+
 def test_a_source_that_is_none_is_refused_before_anything_is_encoded(source, tokenizer, tmp_path):
     arguments = ["--out", tmp_path / "x", "--tokenizer", tokenizer, "--seq-len", 256]
     result = run("pack", source, *arguments, "--eval-source", "c")
