@@ -21,6 +21,7 @@ from ranks import run_ranks
 from train.checkpoint import MARK, whole_checkpoints
 from train.export import export, main
 from train.flags import parse
+from train.hf import INDEX
 from train.outdir import RUN_NAME
 
 ODD = "0.0", "inf", "nan"
@@ -74,6 +75,8 @@ def test_an_earlier_checkpoint_in_small_files_and_another_type(finished, tmp_pat
     assert len(files) > 2
     assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= 50_000 for file in files)
     early, late = tensors(tmp_path / "hf"), tensors(finished / "hf")
+    index = json.loads((tmp_path / "hf" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in early.values())
     assert early.keys() == late.keys()
     assert not torch.equal(early["model.norm.weight"], late["model.norm.weight"].bfloat16())
     shutil.rmtree(tmp_path / "hf")

@@ -1,12 +1,14 @@
 """Sizes of the mesh, and who is where in it."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from ranks import run_ranks
 from train.config import Layout
-from train.mesh import AXES, axis_sizes, build_mesh
+from train.mesh import AXES, axis_sizes, build_mesh, set_threads
 from train.step import sum_over
 
 
@@ -88,3 +90,15 @@ def test_views_of_a_pipeline_over_context_ranks():
         assert (dp_rank, dp_size, views["dp"]) == (0, 1, [rank])
         assert views["dp_cp"] == views["fsdp"] == [rank // 2 * 2, rank // 2 * 2 + 1]
         assert summed == bits(range(4))
+
+
+@pytest.mark.parametrize(("asked", "ranks", "threads"), [(0, None, 7), (0, "2", 3), (0, "9", 1), (5, "2", 5)])
+def test_the_ranks_of_a_machine_share_its_cores(asked, ranks, threads, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    set_threads(asked)
+    assert given == [threads]
