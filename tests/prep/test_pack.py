@@ -1,6 +1,7 @@
 """`prep pack` and `prep report` over real files: every document arrives, and the sums are right."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -152,6 +153,30 @@ def test_drop_last_stands_in_the_ledger(source, tokenizer, tmp_path):
     assert totals["packs"] == read_manifest(tmp_path / "whole").totals["packs"] - 1
     assert account["dropped"]["last_pack"]["documents"] == 300 - totals["documents"] > 0
     assert account["read"]["tokens"] == totals["tokens"] + account["dropped"]["last_pack"]["tokens"]
+
+
+def test_nothing_of_eval_is_left_out(source, tokenizer, tmp_path):
+    """What is compared over months is the same documents, whether or not training drops its last pack."""
+    out = packed(source, tmp_path / "out", tokenizer, "--eval-fraction", 0.3, "--drop-last")
+    dropped = {p: json.loads((out / p / "ledger.json").read_text())["total"]["dropped"] for p in ("train", "eval")}
+    assert ("last_pack" in dropped["train"], list(dropped["eval"])) == (True, ["to_train"])
+    room = [int(tokens) for tokens in PackedDataset(out / "eval").index.tokens]
+    assert min(room) < 256, "there is a pack that could have been left out"
+
+
+def test_a_padding_token_of_id_0_is_one(source, tokenizer, tmp_path):
+    folder = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<|endoftext|>"}))
+    out = packed(source, tmp_path / "out", folder, "--cp", 2)
+    assert (read_manifest(out).pad_id, read_manifest(out).eos_id) == (0, 2)
+    pack = PackedDataset(out)[0]
+    ends = np.cumsum(pack.seq_lens_padded)
+    padding = [
+        pack.input_ids[end - slot + n : end]
+        for end, slot, n in zip(ends, pack.seq_lens_padded, pack.seq_lens, strict=True)
+    ]
+    assert set(np.concatenate(padding).tolist()) == {0}
 
 
 @pytest.mark.parametrize("more", [("--overlong", "split"), ("--algo", "split"), ("--overlong", "truncate")])

@@ -167,6 +167,17 @@ def test_a_part_that_was_finished_is_looked_at_before_it_counts(source, tokenize
     assert tree(out) == tree(whole)
 
 
+def test_a_part_that_was_finished_with_other_options_is_refused(source, tokenizer, tmp_path):
+    out = packed(source, tmp_path / "out", tokenizer, "--eval-fraction", 0.1)
+    before = tree(out / "train")
+    (out / "eval" / "manifest.json").unlink()
+    arguments = ["pack", tmp_path / "out.store", "--out", out, "--seq-len", 256, "--no-page", "--resume"]
+    result = run(*arguments, "--eval-fraction", 0.2)
+    sentence = f"{out / 'train'}: was finished with other options or input; remove {out}, or name another --out"
+    assert (result.exit_code, result.output.splitlines()[-1]) == (1, f"Error: {sentence}")
+    assert tree(out / "train") == before
+
+
 def test_a_store_whose_bytes_changed_is_not_packed(source, tokenizer, tmp_path):
     packed(source, tmp_path / "out", tokenizer)
     unit = tmp_path / "out.store" / "units" / "00000.arrow"

@@ -19,8 +19,8 @@ BOS, EOS, PAD = 1, 2, 3
 SOURCES = (("first.jsonl", 0, 2), ("second.jsonl", 2, 99))
 
 
-def look(*documents, pad=PAD, truncated=0, notes=()):
-    """Lint documents given as (ids, mask)."""
+def look(*documents, pad=PAD, truncated=0, notes=(), offsets=None):
+    """Lint documents given as (ids, mask), pieces of cut ones with the `offsets` they begin at."""
     lengths = np.array([len(ids) for ids, _ in documents], np.int32)
     count = len(documents)
     chunk = Chunk(
@@ -29,7 +29,7 @@ def look(*documents, pad=PAD, truncated=0, notes=()):
         np.append(0, np.cumsum(lengths))[:-1].astype(np.int64),
         lengths,
         np.arange(count, dtype=np.int64),
-        np.zeros(count, np.int32),
+        np.array([0] * count if offsets is None else offsets, np.int32),
         np.full(count, -1, np.int64),
     )
     cut = {"overlong": {"documents": 0, "tokens": truncated}} if truncated else {}
@@ -71,6 +71,21 @@ def test_each_finding(check):
     assert (found[check]["level"], found[check]["count"], found[check]["share"]) == (level, 1, 0.25)
     assert found[check]["examples"] == ["document 3 of second.jsonl"]
     assert result["errors"] == (level == "error")
+
+
+def test_a_later_piece_of_a_document_has_no_begin():
+    """Where `--overlong split` cuts: neither the token that begins documents is missing there, nor is it doubled."""
+    piece = ([8, BOS, 9, EOS], [0, 0, 1, 1])
+    assert set(look(good(10), piece)[0]) == {"bos-missing"}
+    assert look(good(10), piece, offsets=[0, 5])[0] == {}
+    assert look(good(10), ([BOS, *piece[0]], [0, *piece[1]]), offsets=[0, 5])[0] == {}
+    assert look(good(10), ([BOS, BOS, 8, EOS], [0, 0, 1, 1]), offsets=[0, 5])[0] == {}
+
+
+def test_an_end_that_stands_first_ends_nothing():
+    """Families whose begin is their end: <|endoftext|> before and behind."""
+    first = ([EOS, BOS, 8, 9], [0, 0, 1, 1])
+    assert set(look(good(10), first)[0]) == {"bos-missing", "no-end-token"}
 
 
 def test_what_is_wrong_everywhere_is_an_error():
