@@ -28,6 +28,11 @@ def cautions(
             "(max_position_embeddings of its config.json): if it is to learn longer ones, raise that and stretch the "
             "rotary embedding there; else pack with a shorter --seq-len"
         )
+    found += [
+        f"{folder} is trained, too: its loss does not tell what the model makes of other documents"
+        for folder, dataset in eval_datasets.items()
+        if dataset.manifest.fingerprint in training.fingerprints
+    ]
     of_training = training.dataset.manifest.tokenizer_hash
     found += [
         f"{folder} was made with another tokenizer than what is trained: its loss says little"

@@ -54,6 +54,8 @@ def test_evaluation_packs_are_looked_at_too(folder, tiny_llama_dir, tmp_path):
     (caution,) = said(folder, tiny_llama_dir, evaluated=[other])
     assert caution == f"{other} was made with another tokenizer than what is trained: its loss says little"
     short = with_positions(tiny_llama_dir, tmp_path / "short", 149)
+    (caution,) = said(folder, tiny_llama_dir, evaluated=[folder])
+    assert caution.startswith(f"{folder} is trained, too: ")
     caution, _ = said(other, short, evaluated=[folder])
     assert caution.startswith("documents of up to 150 tokens")
     assert said(other, short) == []
