@@ -101,6 +101,8 @@ def read_mark(folder: Path) -> Mark:
             data = value["data"]
             data = DataState(tuple(data["fingerprints"]), tuple(data["weights"]), data["seed"], data["batch_packs"])
             position = Position(value["step"], value["consumed"], data, value["skipped"])
+            if min(position.step, position.consumed, position.skipped) < 0:
+                raise ValueError("a position before the beginning")
             mark = Mark(position, dict(value["recipe"]), dict(value["model"]))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(

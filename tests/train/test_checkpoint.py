@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from ranks import run_ranks
 from train.checkpoint import (
     MARK,
+    VERSION,
     Checkpointer,
     DataState,
     Mark,
@@ -319,12 +320,17 @@ def test_the_checkpoint_of_a_model_that_means_something_else_is_refused(change, 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"{", "not the mark"), (b"{}", "not the mark"), (b"[]", "not the mark"), ("version", "checkpoint version 99")],
+    [
+        *((text, "not the mark") for text in (b"{", b"{}", b"[]", {"step": "1"}, {"consumed": -3})),
+        ({"version": 99}, "checkpoint version 99"),
+    ],
 )
 def test_a_mark_that_cannot_be_read_is_refused(content, says, tmp_path):
-    if content == "version":
-        value = {"version": 99, **dataclasses.asdict(Position(1, 1, STATE))}
-        content = json.dumps(value).encode()
+    if isinstance(content, dict):
+        mark = {"version": VERSION, **dataclasses.asdict(Position(1, 1, STATE)), "recipe": {}, "model": {}}
+        (tmp_path / MARK).write_text(json.dumps(mark))
+        assert read_mark(tmp_path).position == Position(1, 1, STATE)
+        content = json.dumps(mark | content).encode()
     (tmp_path / MARK).write_bytes(content)
     with pytest.raises(ValueError, match=says):
         read_mark(tmp_path)
