@@ -4,9 +4,9 @@
                               [--threads 2] [--rounds 9] [--json FILE]
 
 All layers hold the same weights, see the same tokens and must give the same output and gradients before they are timed,
-in turns; of the rounds the median counts. On CPU in float32, on a GPU in bfloat16. "loop" is the reference anybody would
-write: for each expert the tokens that chose it, indexed, computed, added. transformers has several ways; the one that a
-model built without a word about it takes on this device is marked.
+in turns; of the rounds the median counts. On CPU in float32, on a GPU in bfloat16. "loop" is the reference that anybody
+would write: for each expert the tokens that chose it, indexed, computed, added. transformers has several ways; the one
+that a model built without a word about it takes on this device is marked.
 
 "share" is that of a dense matrix product: the layer's multiplications (2 a weight and token forward, 4 backward) a
 second over those of a square product of 2048 (on a GPU 8192) in the same type with the same threads. "products alone"
