@@ -39,7 +39,7 @@ def cut_back(path: Path, step: int) -> dict[str, Any]:
     if not path.exists():
         return last
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
             if not line.endswith("\n") or record["step"] > step:

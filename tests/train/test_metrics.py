@@ -27,10 +27,10 @@ def test_steps_after_the_checkpoint_are_cut_off_with_their_evaluations(tmp_path,
     assert [file.name for file in tmp_path.iterdir()] == [METRICS_NAME]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2}', "{}\n", "null\n", '{"step": 2\n'])
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2}', "{}\n", "null\n", '{"step": 2\n', b"\xff\0\n"])
 def test_a_line_that_a_kill_left_unfinished_goes_too(tmp_path, torn):
     path = tmp_path / METRICS_NAME
-    path.write_text(lines(ONE) + torn)
+    path.write_bytes(lines(ONE).encode() + (torn if isinstance(torn, bytes) else torn.encode()))
     cut_back(path, 5)
     assert path.read_text() == lines(ONE)
 
