@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import pyarrow as pa
 import xxhash
 
-from prep.encode.walk import GLOB, walk
+from prep.encode.walk import GLOB, check_regular, walk
 
 _BLOCK = 1 << 20
 _BUFFER = 1 << 16  # a file of this machine: lines reach over the edge of Python's 8 KiB too often
@@ -86,11 +86,13 @@ def expand(path: str) -> Found:
     of a folder above it) is left out, unless the glob itself says so. Links are followed, see `walk`.
 
     Raises:
-        ValueError: nothing is there, or a link leads nowhere.
+        ValueError: nothing is there, a link leads nowhere, or a pipe is named.
         OSError: the address does not answer, or a folder cannot be read.
     """
     is_glob = bool(GLOB & set(path))
     kind, reason = _kind(path)
+    if not is_remote(path):
+        check_regular(path)
     if kind == "file":
         return Found([(path, os.path.basename(bare(path)))], True)
     root, pattern = _split_glob(path) if is_glob and kind is None else (path.rstrip("/"), "")

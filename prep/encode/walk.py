@@ -14,7 +14,7 @@ def walk(root: str, pattern: str, marks: tuple[str, ...] = ()) -> list[str]:
     unless `marks` holds that character.
 
     Raises:
-        ValueError: a link that leads nowhere.
+        ValueError: a link that leads nowhere, or what is neither file nor folder.
         OSError: a folder that cannot be read.
     """
     found: dict[str, str] = {}
@@ -57,8 +57,15 @@ class _Walk:
     def _at(self, path: str, real: str, rest: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         if _leads_somewhere(path) and rest and os.path.isdir(path):
             yield from self.below(path, rest)
-        elif not rest and os.path.isfile(path):
+        elif not rest and not os.path.isdir(path):
+            check_regular(path)
             yield real, path
+
+
+def check_regular(path: str) -> None:
+    """ValueError where a pipe, a socket or a device is: what is read once to be hashed must be there once more."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError(f"{path}: is a pipe or a device, and input is read more than once; write it to a file first")
 
 
 def _leads_somewhere(path: str) -> bool:

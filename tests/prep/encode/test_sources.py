@@ -103,6 +103,18 @@ def test_nothing_below_a_folder_is_left_out_silently(linked, byte_level, monkeyp
             run(linked / named, linked / "t", byte_level)
 
 
+def test_a_pipe_is_called_one(tmp_path, byte_level):
+    """Of a pipe nothing would be left when its hash is known."""
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts(2))
+    pipe = tmp_path / "in" / "pipe.jsonl"
+    os.mkfifo(pipe)
+    for named in (pipe, pipe.parent, f"{pipe.parent}/*.jsonl"):
+        with pytest.raises(ValueError, match=r"pipe\.jsonl: is a pipe or a device.*; write it to a file first"):
+            run(named, tmp_path / "s", byte_level)
+    assert len(run(f"{pipe.parent}/a*", tmp_path / "s", byte_level)) == 2
+
+
 def test_files_of_unknown_format_are_counted_and_named(tmp_path, byte_level):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     write_jsonl(tmp_path / "in" / "a.jsonl", texts(3))

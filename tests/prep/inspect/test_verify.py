@@ -141,6 +141,39 @@ def damage_ledger_sum(folder):
     return "does not agree"
 
 
+def change_ledger(folder, change):
+    path = folder / "ledger.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    relist(folder, "ledger.json")
+
+
+def damage_ledger_total(folder):
+    change_ledger(folder, lambda value: value["total"]["read"].update(tokens=1))
+    return "ledger.json: its total is not the sum of its sources"
+
+
+def damage_ledger_of_more_documents(folder):
+    def change(value):
+        for account in (*value["sources"].values(), value["total"]):
+            for book in ("read", "kept"):
+                account[book]["documents"] += 1
+
+    change_ledger(folder, change)
+    return "ledger.json: keeps 151 documents, the shards hold 150"
+
+
+def damage_shards_in_another_order(folder):
+    first, second = shards(folder)[:2]
+    aside = first.rename(folder / "aside")
+    second.rename(first)
+    aside.rename(second)
+    for path in (first, second):
+        relist(folder, f"shards/{path.name}")
+    return "shards/00000.arrow: says shard 1, the manifest 0"
+
+
 def damage_ledger_that_is_no_json(folder):
     (folder / "ledger.json").write_text("{")
     relist(folder, "ledger.json")
