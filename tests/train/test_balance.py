@@ -6,6 +6,7 @@ import pytest
 import torch
 from plain_mixtures import load, take_load_alone
 from reference import distance, pack, random_documents
+from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from train.attention.interface import Segments
@@ -42,6 +43,33 @@ def test_the_auxiliary_loss_is_that_of_transformers(mixtral_dir):
     loss.backward()
     assert distance(gradients["layers.0.mlp.router.weight"], router.weight.grad) < 1e-5
     assert distance(gradients["embed_tokens.weight"], model.embed_tokens.weight.grad) < 1e-5
+
+
+def test_of_sigmoid_scores_it_takes_their_shares(deepseek_dir):
+    """As in DeepSeek-V3's balance loss a token's scores count as parts of their sum; experts are chosen by bias and
+    group."""
+    model = load(deepseek_dir)
+    row = pack(random_documents([40, 23, 9], 320))
+    gradients = backward_with(model, row, (0.7, 0.0))
+    counted = take_load_alone(model, 72)
+
+    router, losses = model.layers[0].mlp.router, []
+    for each in routers(model).values():
+        each.aux_coefficient = 0.0
+
+    def by_hand(module, args, out):
+        scores = torch.sigmoid(args[0] @ module.weight.T)
+        chosen = nn.functional.one_hot(out[0], 8).sum(1).double()
+        losses.append(0.7 * 8 * (chosen.mean(0) * (scores / scores.sum(1, keepdim=True)).mean(0)).sum())
+
+    hooks = [each.register_forward_hook(by_hand) for each in routers(model).values()]
+    model.zero_grad()
+    model(*row[:2], row[3])
+    for hook in hooks:
+        hook.remove()
+    assert counted.aux_loss == pytest.approx(sum(losses).item())
+    sum(losses).backward()
+    assert distance(gradients["layers.0.mlp.router.weight"], router.weight.grad) < 1e-9
 
 
 def test_the_z_loss_is_the_mean_square_of_the_log_sum_exp(mixtral_dir):

@@ -60,6 +60,13 @@ def test_the_head_counts():
     assert [len(r) for r in layers_of_stages(tiny(vocab=2 * layer // 16), config)] == [4, 2]
 
 
+def test_the_embedding_counts_a_tenth_of_the_head():
+    """Of a head worth 20 layers: two layers less in the first stage, beside one whose only burden is layers."""
+    layer = sum(p.numel() for p in tiny().layers[0].parameters() if p.ndim == 2)
+    model = tiny(layers=9, vocab=20 * layer // 16)
+    assert [len(r) for r in layers_of_stages(model, Config(layout=Layout(pp=3)))] == [3, 5, 1]
+
+
 def test_experts_count_as_far_as_a_token_visits_them():
     block = torch.nn.ParameterDict({"router": torch.empty(8, 16), "experts": torch.empty(8, 16, 4)})
     moe = SimpleNamespace(top_k=2, num_experts=8)
