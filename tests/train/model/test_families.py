@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from train import hf, hf_write
 from train.model.config import Rope
 from train.model.decoder import Decoder
-from train.model.families import FAMILIES
+from train.model.families import FAMILIES, model_config
 from train.model.rope import inverse_frequencies
 
 LENGTHS = [23, 61, 1, 90, 17]
@@ -362,6 +362,20 @@ def test_qwen25_as_published_before_transformers_5(tmp_path):
     )
     assert {layer.window for layer in config.layers} == {None}
     assert (config.qkv_bias, config.output_bias, config.head_dim) == (True, False, 64)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Gemma3Text"])
+def test_in_bfloat16_embeddings_are_scaled_by_what_bfloat16_makes_of_the_scale(name):
+    config = getattr(transformers, f"{name}Config")(**SIZES, head_dim=16)
+    reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    theirs = reference.get_input_embeddings()
+    ours = Decoder(model_config(config.to_dict())).bfloat16()
+    ours.embed_tokens.weight = theirs.weight
+    ids = torch.arange(SIZES["vocab_size"])
+    assert torch.equal(ours._embed(ids), theirs(ids))
+    assert not torch.equal(ours._embed(ids), theirs.weight[ids] * ours.config.embedding_scale), (
+        "not what 48 ** 0.5 makes"
+    )
 
 
 def test_layer_types_that_are_not_known_are_refused(tmp_path):
