@@ -66,6 +66,20 @@ def test_of_others_it_is_known_that_they_are_not(copy):
     assert not is_compressed(read_manifest(copy))
 
 
+def test_an_index_of_other_shards_is_not_taken_for_theirs(sound, copy, tmp_path):
+    options = ["--seq-len", 128, "--cp", 2, "--format", read_manifest(sound).kind, "--workers", 1, "--quiet"]
+    other = tmp_path / "other"
+    assert run("pack", sound.with_name("out.store"), "--out", other, "--order", "input", *options).exit_code == 0
+    shutil.copy(other / "packs.arrow", copy / "packs.arrow")
+    (copy / "manifest.json").unlink()
+    result = run("verify", copy, "--rebuild")
+    sentence = f"Error: {copy / 'packs.arrow'}: does not fit the shards; remove it, too, and rebuild both\n"
+    assert (result.exit_code, result.output) == (1, sentence)
+    assert not (copy / "manifest.json").exists()
+    (copy / "packs.arrow").unlink()
+    assert run("verify", copy, "--rebuild").exit_code == 0
+
+
 def test_nothing_is_rebuilt_from_half_of_the_shards(copy):
     (copy / "manifest.json").unlink()
     max((copy / "shards").iterdir()).unlink()
