@@ -139,6 +139,22 @@ def test_a_mix_may_name_the_template_that_a_store_was_encoded_with(raw, tokenize
         remix(DocumentStore.open(store), read_mix(str(mix_file(tmp_path, swapped, paths=False)), encoded=True))
 
 
+def test_what_another_mix_left_unfinished_is_not_gone_on_with(raw, tokenizer, tmp_path):
+    """Its shards would be taken for damaged, and replaced."""
+    store, out = encode(raw, MIXES["all"], tmp_path / "store", tokenizer), tmp_path / "out"
+    pack(store, out, "--mix", mix_file(tmp_path, MIXES["all"], paths=False))
+    (out / "manifest.json").unlink()
+    before = tree(out)
+    once = [*MIXES["all"][:2], {"name": "c", "repeat": 1}]
+    for other, differs in ((MIXES["one"], "sources"), (once, "with other plan left")):
+        more = ["--resume", "--mix", mix_file(tmp_path, other, paths=False)]
+        result = run("pack", store, "--out", out, "--seq-len", 256, "--no-page", "--quiet", *more)
+        assert result.exit_code == 1
+        assert "an unfinished run with other " in result.output
+        assert differs in result.output
+        assert tree(out) == before
+
+
 def test_no_pack_inside_its_store_and_no_empty_mix(raw, tokenizer, tmp_path):
     store = encode(raw, MIXES["all"], tmp_path / "store", tokenizer)
     for more, sentence in (
