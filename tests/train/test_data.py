@@ -1,6 +1,7 @@
 """The loader: what a row holds against a document-by-document construction, and who trains which pack."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from byte_tokenizer import write_byte_tokenizer
 from formats.dataset import PackedDataset
-from formats.order import EMPTY
+from formats.order import EMPTY, Stream
 from make_shards import make_shards, random_packs
 from prep.cli import main as prep
 from train.cut import Cut
@@ -364,3 +365,11 @@ def test_an_id_that_the_model_does_not_embed_is_refused_whatever_the_manifest_sa
         with pytest.raises(ValueError, match=f"pack 1 holds the id {bad}, and the model has 50 token embeddings"):
             next(rows)
     loader.close()
+
+
+def test_every_epoch_has_an_order_of_its_own(shards):
+    dataset = open_shards(shards)
+    for plan in (schedule(dataset), replace(schedule(dataset), streams=(Stream(11, "shuffle", 0, 11),))):
+        orders = [tuple(plan.epoch_order(epoch).tolist()) for epoch in range(4)]
+        assert len(set(orders)) == 4
+        assert {tuple(sorted(order)) for order in orders} == {tuple(range(11))}
