@@ -1,6 +1,7 @@
 """Misuse of `prep pack` and `prep report`, gates, and what --help imports."""
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_a_gate_that_is_not_met_exits_with_3_after_everything_is_written(source,
         result = run("pack", source, "--out", tmp_path / "no", *arguments, "--gate", f"fill>={number}")
         assert f"--gate 'fill>={number}': write METRIC<=NUMBER" in result.output
     assert not (tmp_path / "no").exists()
+
+
+def test_what_is_held_out_is_not_dropped_to_a_gate(tokenizer, tmp_path):
+    texts = [*("x" * 9 + str(i % 10) for i in range(60)), "z" * 300]  # which the hash leaves in train
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    packed(source, tmp_path / "a", tokenizer, "--overlong", "drop")
+    arguments = ["--seq-len", 256, "--overlong", "drop", "--eval-fraction", 0.3, "--no-page", "--quiet"]
+    total = json.loads((tmp_path / "a" / "ledger.json").read_text())["total"]
+    share = total["dropped"]["overlong"]["tokens"] / total["read"]["tokens"]
+    assert 0.25 < share < 0.4
+    for limit, code in ((share * 1.01, 0), (share * 0.99, 3)):
+        out = tmp_path / f"out{code}"
+        result = run("pack", tmp_path / "a.store", "--out", out, *arguments, "--gate", f"dropped<={limit:.6f}")
+        assert result.exit_code == code, result.output
 
 
 LIMITED = """
