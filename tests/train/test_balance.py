@@ -1,6 +1,7 @@
 """The losses that balance experts and the bias that does, against transformers and by hand; how the load is counted."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from train.attention.interface import Segments
 from train.balance import ExpertLoad, move_biases, routers
+from train.config import Config
+from train.config import Router as RouterFlags
 from train.model.moe import compute_here
 from train.packs import Packs
+from train.parallel.ep import apply_ep
 
 
 def backward_with(model, row, coefficients):
@@ -70,6 +74,15 @@ def test_of_sigmoid_scores_it_takes_their_shares(deepseek_dir):
     assert counted.aux_loss == pytest.approx(sum(losses).item())
     sum(losses).backward()
     assert distance(gradients["layers.0.mlp.router.weight"], router.weight.grad) < 1e-9
+
+
+def test_each_flag_sets_its_coefficient_in_every_router(deepseek_dir):
+    model = load(deepseek_dir)
+    one = SimpleNamespace(size=lambda: 1)
+    given = Config(router=RouterFlags(router_aux_loss=0.25, router_z_loss=0.5))
+    apply_ep(model, SimpleNamespace(root={"cp": one, "tp": one}), given)
+    found = [(router.aux_coefficient, router.z_coefficient) for router in routers(model).values()]
+    assert found == [(0.25, 0.5)] * len(model.config.layers)
 
 
 def test_the_z_loss_is_the_mean_square_of_the_log_sum_exp(mixtral_dir):

@@ -102,3 +102,22 @@ def test_the_ranks_of_a_machine_share_its_cores(asked, ranks, threads, monkeypat
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     set_threads(asked)
     assert given == [threads]
+
+
+def among_experts(layouts):
+    """Of each layout (the ranks of this one's ep group, those of its ep_shard group)."""
+    meshes = [build_mesh(layout, torch.device("cpu")).experts for layout in layouts]
+    return [[mesh[axis].mesh.tolist() for axis in ("ep", "ep_shard")] for mesh in meshes]
+
+
+def test_ranks_of_an_ep_group_are_neighbours_whatever_axes_they_regroup():
+    layouts = [Layout(ep=2), Layout(ep=2, tp=4), Layout(ep=4, cp=2, tp=2), Layout(ep=2, dp_replicate=2), Layout(tp=2)]
+    layouts.append(Layout(ep=2, pp=2))
+    for rank, found in enumerate(run_ranks(among_experts, 8, layouts)):
+        pair, four = [rank // 2 * 2, rank // 2 * 2 + 1], [rank // 4 * 4 + i for i in range(4)]
+        every_other, of_half = list(range(rank % 2, 8, 2)), [four[rank % 2], four[rank % 2 + 2]]
+        assert found[:2] == [[pair, every_other]] * 2
+        assert found[2] == [four, [rank % 4, rank % 4 + 4]]
+        assert found[3] == [pair, of_half], "each replica has all experts"
+        assert found[4] == [[rank], list(range(8))]
+        assert found[5] == [pair, of_half], "each stage has its own"
