@@ -112,6 +112,18 @@ def test_an_unfinished_run_goes_on_only_with_resume_and_equal_options(source, to
     assert tree(out) == tree(whole)
 
 
+def test_a_shard_too_many_is_no_part_of_an_unfinished_run(source, tokenizer, tmp_path):
+    out = unfinished(source, tokenizer, tmp_path / "out")
+    stranger = out / "shards" / "00099.arrow"
+    shutil.copy(max((out / "shards").iterdir()), stranger)
+    before = tree(out)
+    arguments = ["--out", out, "--tokenizer", tokenizer, "--seq-len", 256, "--shard-size", "8K", "--no-page"]
+    result = run("pack", source, *arguments, "--resume")
+    assert result.exit_code == 1
+    assert f"{stranger}: an unfinished run with other options left this shard; remove {out}" in result.output
+    assert tree(out) == before
+
+
 def flip_an_id(data: bytes, ids: bytes) -> bytes:
     """Another token where a pack holds one, as a bad disk leaves it: a file that every reader opens."""
     at = data.index(ids)

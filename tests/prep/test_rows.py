@@ -116,3 +116,12 @@ def test_a_damaged_store_is_refused_and_leaves_no_shard(tmp_path, damage):
     with pytest.raises(ValueError, match="the store is damaged"):
         materialize(plan, opened, tmp_path / "out", layout, essentials={}, shard_packs=100, workers=1)
     assert list((tmp_path / "out" / "shards").iterdir()) == []
+
+
+def test_a_plan_of_longer_documents_than_the_store_has_is_refused(tmp_path):
+    opened = make_store(tmp_path / "store", np.full(40, 20))
+    plan = make_plan(opened.lengths + 1, np.arange(40), PackOptions(64))
+    layout = Layout("thd", 64, 1, PAD, opened.info.largest_id)
+    with pytest.raises(ValueError, match=r"the store is damaged \(40 documents shorter than planned\)"):
+        materialize(plan, opened, tmp_path / "out", layout, essentials={}, shard_packs=100, workers=1)
+    assert list((tmp_path / "out" / "shards").iterdir()) == []

@@ -64,12 +64,15 @@ def test_the_plan_is_what_packing_gives(root):
 
 def test_of_many_compressed_files_a_few_are_read(tmp_path, root):
     """Each is one unit, however large: reading all of them is what a sample is to spare."""
-    data = (root / "in.jsonl").read_bytes()
+    lines = (root / "in.jsonl").read_bytes().splitlines(keepends=True)
     for k in range(12):
-        (tmp_path / f"{k:02}.jsonl.gz").write_bytes(gzip.compress(data))
+        (tmp_path / f"{k:02}.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[: 4000 if k % 3 else 1000])))
     found = sample.read_lengths([str(tmp_path)], EncodeOptions(str(root)), 1000)
-    assert (len(found.lengths), round(found.scale)) == (4 * 4000, 3)
-    assert found.origin.startswith("a sample: 33.3% of the input, 4 places")
+    sizes = [path.stat().st_size for path in sorted(tmp_path.iterdir())]
+    assert (len(found.lengths), found.scale) == (4 * 1000, sum(sizes) / sum(sizes[::3]))
+    assert "4 places" in found.origin
+    truth = 12 * 4000 - 4 * 3000
+    assert abs(len(found.lengths) * found.scale / truth - 1) < 0.1, "the larger files count by their bytes"
 
 
 def test_units_are_counted_beyond_five_digits(tmp_path):
