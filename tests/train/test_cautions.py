@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from whole_runs import run
+from whole_runs import run, steps_of
 
 from make_shards import make_shards, random_packs
 from ranks import run_ranks
@@ -61,7 +61,9 @@ def test_evaluation_packs_are_looked_at_too(folder, tiny_llama_dir, tmp_path):
     assert said(other, short) == []
 
 
-def test_a_run_says_them(flags):
-    (said,) = run_ranks(run, 1, flags(warmup_steps=7, steps=9, save_every=0))
+def test_a_run_says_them_and_does_what_they_say(flags, tmp_path):
+    (said,) = run_ranks(run, 1, [*flags(warmup_steps=7, steps=9, save_every=0), "--no-export", "--no-save-last"])
     assert "note: --steps 9 is more than --epochs 2 makes: 6 are trained" in said
     assert "note: --warmup-steps 7 is all of the 6 steps" in said
+    assert [line["step"] for line in steps_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "metrics.jsonl", "run.json"}

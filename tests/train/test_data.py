@@ -373,3 +373,16 @@ def test_every_epoch_has_an_order_of_its_own(shards):
         orders = [tuple(plan.epoch_order(epoch).tolist()) for epoch in range(4)]
         assert len(set(orders)) == 4
         assert {tuple(sorted(order)) for order in orders} == {tuple(range(11))}
+
+
+def test_the_longest_segment_may_be_one_of_padding(tmp_path):
+    """A kernel that is told less would leave the rest of it out."""
+    lens = np.array([5, 9], np.int32)
+    pack = np.ones(14, np.int32), np.zeros(14, np.uint8), lens, lens, np.arange(2), np.zeros(2, np.int32)
+    dataset = open_shards(make_shards(tmp_path / "s", [pack], capacity=400))
+    for rank in range(2):  # the second has no pack
+        loader = PackedLoader(dataset, Schedule(1, "input", 0, 0, 2, 1), dp_rank=rank, dp_size=2, device=CPU)
+        loader.next_step()
+        (row,) = loader.rows()
+        assert row.segments.max_seqlen == row.segments.cu_seqlens.diff().max() == TAIL_SEGMENT
+        loader.close()

@@ -70,6 +70,7 @@ def test_round_trip_is_bit_equal_and_transformers_opens_it(tiny_dir, tmp_path, f
     assert equal(theirs, original)
     text = "hello <|im_end|> world"
     assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(tiny_dir)(text)
+    assert (out / "generation_config.json").read_bytes() == (tiny_dir / "generation_config.json").read_bytes()
     # and our own reader, through the index when there is one
     ours, again = load_plain(tiny_dir).state_dict(), load_plain(out).state_dict()
     assert equal(ours, again)
