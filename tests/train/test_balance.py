@@ -212,3 +212,17 @@ def test_the_worst_layer_tells_how_uneven_the_load_is():
     tokens = torch.tensor([[4.0, 4.0], [2.0, 6.0]], dtype=torch.float64)
     assert ExpertLoad((0, 1), tokens, 0.0, 0.0, 0).max_over_mean == 1.5
     assert ExpertLoad((0, 1), tokens.flip(0), 0.0, 0.0, 0).max_over_mean == 1.5
+
+
+def test_the_load_of_every_expert_is_listed_in_every_so_many_th_step():
+    load = ExpertLoad((1, 3), torch.tensor([[6.0, 2.0], [4.0, 4.0]], dtype=torch.float64), 0.5, 0.25, 0)
+    for every, listed in ((3, [3, 6]), (1, [1, 2, 3, 4, 5, 6]), (0, [])):
+        flags = RouterFlags(router_log_every=every)
+        assert [step for step in range(1, 7) if "expert_tokens" in load.record(step, flags)] == listed
+    record = load.record(1, RouterFlags(router_log_every=1, router_aux_loss=0.1))
+    assert record == {
+        "expert_max_over_mean": 1.5,
+        "dropped_tokens": 0,
+        "router_aux_loss": 0.5,
+        "expert_tokens": {"1": [6, 2], "3": [4, 4]},
+    }

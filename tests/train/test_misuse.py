@@ -135,3 +135,10 @@ def test_a_checkpoint_that_cannot_be_read_is_named(spoilt, flags, finished):
     assert (code, len(said.splitlines())) == (1, 1)
     assert f"checkpoint {last} cannot be read: " in said
     assert "remove it to go on from the one before" in said
+
+
+def test_a_damaged_pack_is_trained_where_nobody_is_to_look(flags, tmp_path):
+    argv = [part if part != "pack" else "off" for part in spoil("damaged", tmp_path, flags)]
+    ((code, said),) = run_ranks(cli, 1, [*argv, "--steps", "1"], process_group=False)
+    assert code == 0, said
+    assert len(steps_of(tmp_path / "out")) == 1
