@@ -3,9 +3,11 @@
 import json
 
 import datasets
+import fsspec
 import huggingface_hub
 import pytest
 
+from prep.encode import hub
 from prep.encode.options import EncodeOptions
 from prep.encode.run import encode
 
@@ -53,3 +55,15 @@ def test_without_the_hub_what_datasets_keeps_of_it_is_read(tmp_path, byte_level,
     assert len(encode(["hf:somebody/chats"], tmp_path / "s", EncodeOptions(str(byte_level)))) == 2
     with pytest.raises(ValueError, match="no split 'test'; name one as hf:NAME#SPLIT, of train"):
         encode(["hf:somebody/chats#test"], tmp_path / "t", EncodeOptions(str(byte_level)))
+
+
+def test_files_of_the_hub_are_known_by_address_and_revision(monkeypatch):
+    """Their bytes are read once, to be encoded: another commit is another input."""
+    filesystem, seen = fsspec.filesystem("memory"), set()
+    filesystem.pipe("/hub/a.jsonl", b"12345")
+    for files, told in ((["memory://hub/a.jsonl"], "one"), (["memory://hub/a.jsonl"], "two"), ([], "two")):
+        monkeypatch.setattr(hub, "_files", lambda path, found=(files, told): found)
+        size, digest = hub.describe("hf:somebody/chats")
+        assert size == 5 * len(files)
+        seen.add((digest, hub.stamp("hf:somebody/chats")))
+    assert len({digest for digest, _ in seen}) == len({stamp for _, stamp in seen}) == 3

@@ -2,13 +2,17 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 from click.testing import CliRunner
 
 from byte_tokenizer import write_byte_tokenizer
+from formats.manifest import read_manifest
+from formats.shard import Shard
 from prep.cli import main
+from prep.encode.store import DocumentStore
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")
 """What a terminal or a browser obeys instead of showing it; line ends and tabs apart."""
@@ -41,6 +45,28 @@ def packed(request, tmp_path_factory):
     result = run("pack", root / "in.jsonl", "--out", root / "out", "--format", request.param, *arguments)
     assert result.exit_code == 0, result.output
     return root
+
+
+def test_all_packs_of_a_document_in_pieces_are_shown(packed, tmp_path):
+    kind = read_manifest(packed / "out").kind
+    options = ["--seq-len", 8, "--overlong", "split", "--format", kind, "--workers", 1, "--quiet", "--no-page"]
+    assert run("pack", packed / "out.store", "--out", tmp_path / "out", *options).exit_code == 0
+    found = json.loads(run("view", tmp_path / "out", "--doc", 3, "--json", "--tokenizer", packed).output)
+    pieces = sorted((d["offset"], d["tokens"]) for pack in found for d in pack["documents"] if d["doc"] == 3)
+    assert len(pieces) > 3
+    assert [offset for offset, _ in pieces] == [8 * k for k in range(len(pieces))]
+    assert sum(tokens for _, tokens in pieces) == int(DocumentStore.open(packed / "out.store").lengths[3])
+
+
+def test_a_damaged_pack_is_not_shown(packed, tmp_path):
+    folder = shutil.copytree(packed / "out", tmp_path / "out")
+    shard, kind = folder / "shards" / "00000.arrow", read_manifest(folder).kind
+    ids, data = Shard(shard, kind).row(0)[0].tobytes(), bytearray(shard.read_bytes())
+    data[data.index(ids)] ^= 1
+    shard.write_bytes(data)
+    result = run("view", folder)
+    assert result.exit_code == 1
+    assert "00000.arrow: row 0 (pack 0) is damaged" in result.output
 
 
 def test_text_ids_and_choice(packed):
