@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.attention.interface import Segments
 from train.config import Config, Model
-from train.model.config import LayerConfig, ModelConfig, Rope
+from train.model.config import LayerConfig, ModelConfig, MoeConfig, Rope
 from train.model.decoder import Decoder
 from train.model.initialize import init_weights
 from train.parallel.recompute import apply_recompute
@@ -31,13 +31,22 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def measured():
+    return measure(None)
+
+
+@pytest.fixture(scope="module")
+def measured_mixture():
+    return measure(MoeConfig(4, 2, 96, shared_size=128))
+
+
+def measure(moe):
     """By `--recompute`: (bytes alive after a forward because of it, operators of its backward)."""
-    layer = LayerConfig(window=None, rope=Rope(10_000.0, 32))
+    layer = LayerConfig(window=None, rope=Rope(10_000.0, 32), experts=moe is not None)
     sizes = ("llama", 320, 128, 256, 4, 2, 32, (layer,) * LAYERS, 1024, 1e-5, 32**-0.5)
     ids, segments = torch.arange(512) % 320, Segments.of([200, 300, 12])
     found = {}
     for recompute in ("none", "selective", "full"):
-        model = Decoder(ModelConfig(*sizes, tied_embeddings=True))
+        model = Decoder(ModelConfig(*sizes, tied_embeddings=True, moe=moe))
         init_weights(model, seed=0)
         if recompute != "none":
             apply_recompute(model, None, Config(model=Model(recompute=recompute)))
@@ -62,3 +71,14 @@ def test_selective_repeats_neither_attention_nor_matrix_products(measured):
     assert none[product] == selective[product]
     assert full[product] == none[product] + 6 * LAYERS, "the last of a block's seven is not needed for its gradients"
     assert (none[activation], selective[activation], full[activation]) == (0, LAYERS, LAYERS)
+
+
+def test_of_a_mixture_selective_repeats_what_is_cheap_of_attention_and_of_the_shared_expert(measured_mixture):
+    (none, _), (selective, _), (full, _) = measured_mixture.values()
+    assert selective < 0.9 * none
+    assert full < 0.3 * selective
+    none, selective, full = (operators for _, operators in measured_mixture.values())
+    for costly in ("meshpack::attention_cpu", "meshpack::experts"):
+        assert (none[costly], selective[costly], full[costly]) == (0, 0, LAYERS), costly
+    assert none["aten::mm"] == selective["aten::mm"]
+    assert (none["aten::silu"], selective["aten::silu"]) == (0, LAYERS), "of the shared experts"
