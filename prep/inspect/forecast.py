@@ -9,7 +9,7 @@ from formats.cost import TRAINING, Model, num_experts
 from formats.defaults import complete
 from formats.layout import slot_alignment
 from prep.inspect.layers import layers
-from prep.inspect.memory import Layout, memory, parameters
+from prep.inspect.memory import Layout, expert_skew, memory, parameters
 from prep.inspect.whatif import Outcome, plan_for
 from prep.packing.balance import straggler
 
@@ -104,7 +104,9 @@ def forecast(row: Outcome, lengths: np.ndarray, scale: float, setup: Setup) -> d
         value["petaflops_per_epoch"] = flops / 1e15
         value["gpu_hours_per_epoch"] = value["straggler"] * flops / (setup.peak_tflops * 1e12 * setup.mfu) / 3600
         value["parameters"] = parameters(setup.config)
-        value["memory_gib"] = {k: v / GIB for k, v in memory(setup.config, _layout(row, setup, batch // width)).items()}
+        layout = _layout(row, setup, batch // width)
+        value["memory_gib"] = {name: size / GIB for name, size in memory(setup.config, layout).items()}
+        value["expert_skew"] = expert_skew(complete(setup.config), layout)
     return value
 
 
@@ -132,6 +134,11 @@ def warnings(row: Outcome, value: Mapping) -> list[str]:
         found.append(
             f"only {value['steps_per_epoch']} optimizer steps an epoch: a step of {batch} packs has "
             f"{value['tokens_per_step']:,} tokens; take a smaller batch, a shorter --seq-len, or more epochs"
+        )
+    if value.get("expert_skew", 1.0) > 1.05:
+        found.append(
+            f"FSDP cannot cut the experts evenly: the fullest of its ranks holds {value['expert_skew']:.1f} times "
+            "their mean, of weights and optimizer; take another --ep or --dp-replicate"
         )
     if row.cut:
         found.append(f"{row.cut:,} documents are longer than {row.seq_len:,} tokens and would be cut")

@@ -89,13 +89,12 @@ def _of_stage(text: Mapping, stage: list[Layer], number: int, layout: Layout) ->
     ends = vocabulary * hidden * matrices // layout.tp
     dense = sum(layer.dense_of(layout.tp) for layer in stage) + ends
     experts = sum(layer.experts for layer in stage) // layout.ep
-    share = _largest_share(text, layout)
-    local = dense // layout.shards + int(experts * share)
+    skew = expert_skew(text, layout)
+    local = dense // layout.shards + int(experts * skew / layout.expert_shards)
     tokens = layout.tokens // layout.cp
 
     # What FSDP gathers of a layer: shares all as large as the largest. Over one rank it copies.
-    padded = share * layout.expert_shards
-    wholes = [layer.dense_of(layout.tp) + int(layer.experts // layout.ep * padded) for layer in stage]
+    wholes = [layer.dense_of(layout.tp) + int(layer.experts // layout.ep * skew) for layer in stage]
     whole = max(wholes) if layout.fsdp else 0
     gathered = layout.bytes * ((sum(wholes) if layout.pp > 1 else 2 * whole) + ends) if layout.fsdp else 0
     gradients = 4 * (dense + experts if layout.rows > 1 else local)
@@ -124,14 +123,14 @@ def _of_stage(text: Mapping, stage: list[Layer], number: int, layout: Layout) ->
     return {**value, "total": sum(value.values())}
 
 
-def _largest_share(text: Mapping, layout: Layout) -> float:
-    """Of the experts of an expert-parallel rank, what the fullest of its FSDP ranks has: FSDP cuts evenly between whole
-    experts, their rows or their columns, or, where none of these numbers can be divided, between whole experts."""
+def expert_skew(text: Mapping, layout: Layout) -> float:
+    """Experts that the fullest FSDP rank holds over their mean: FSDP cuts those of an expert-parallel rank evenly between
+    whole ones, their rows or their columns, or, where none of these numbers can be divided, between whole ones."""
     ranks, held = layout.expert_shards, num_experts(text) // layout.ep
     width = text.get("moe_intermediate_size") or text["intermediate_size"]
     if not held or any(size % ranks == 0 for size in (held, text["hidden_size"], width)):
-        return 1 / ranks
-    return -(-held // ranks) / held
+        return 1.0
+    return -(-held // ranks) * ranks / held
 
 
 def _kept(layer: Layer, layout: Layout, hidden: int) -> float:

@@ -113,6 +113,16 @@ def test_training(root):
     assert "warning" in shown
 
 
+def test_experts_that_cannot_be_cut_evenly_are_named(root, tmp_path):
+    """4 experts of 64 × 112 over 3 ranks: one has 2 of them. Over 2 ranks, or 8, all have the same."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_experts": 4, "num_experts_per_tok": 2}))
+    arguments = [root / "out", "--seq-len", 256, "--algo", "bfd", "--cp", "1", "--model", tmp_path, "--json"]
+    for gpus, skewed in ((3, True), (2, False), (8, False)):
+        (training,) = json.loads(run("plan", *arguments, "--gpus", gpus).output)["training"]
+        named = [w for w in training["warnings"] if "the fullest of its ranks holds 1.5 times their mean" in w]
+        assert bool(named) == skewed, gpus
+
+
 def test_misuse(root, tmp_path):
     of_model = [root / "out", "--seq-len", 512, "--cp", 1, "--model", root]
     mixture, sparse = tmp_path, {"num_experts": 4, "num_experts_per_tok": 2}
