@@ -124,8 +124,8 @@ def _of_stage(text: Mapping, stage: list[Layer], number: int, layout: Layout) ->
 
 
 def expert_skew(text: Mapping, layout: Layout) -> float:
-    """Experts that the fullest FSDP rank holds over their mean: FSDP cuts those of an expert-parallel rank evenly between
-    whole ones, their rows or their columns, or, where none of these numbers can be divided, between whole ones."""
+    """Experts that the fullest FSDP rank holds over their mean: FSDP cuts those of an expert-parallel rank evenly
+    between whole ones, their rows or their columns, or, where none of these can be divided, between whole ones."""
     ranks, held = layout.expert_shards, num_experts(text) // layout.ep
     width = text.get("moe_intermediate_size") or text["intermediate_size"]
     if not held or any(size % ranks == 0 for size in (held, text["hidden_size"], width)):
