@@ -16,7 +16,7 @@ import torch
 
 from formats.dataset import PackedDataset
 from formats.layout import align_up
-from formats.manifest import is_compressed
+from formats.manifest import Manifest, is_compressed
 from formats.order import (
     EMPTY,
     Stream,
@@ -39,6 +39,8 @@ SPAN = 64
 """Steps whose packs and facts are worked out at once: for one, numpy would take as long as for all of them."""
 
 RUNS = 2
+# One in so many ids of a tokenizer may be without an embedding, where none of them occurs.
+NEVER_EMBEDDED = 1000
 """Runs of buffers: one in use, one being filled or ready, which it is long before it is needed: training a row takes
 thousands of times longer than filling it."""
 
@@ -111,14 +113,22 @@ def open_shards(folder: str, vocab_size: int | None = None) -> PackedDataset:
         )
     if len(dataset) == 0:
         raise ValueError(f"{folder}: holds no pack")
-    # Ids that occur: published tokenizers have more than their model embeds (that of Gemma 3 1B has one for images).
-    largest = max(manifest.largest_id, manifest.pad_id)
-    if vocab_size is not None and vocab_size <= largest:
-        raise ValueError(
-            f"the model has {vocab_size} token embeddings, but {folder} holds the id {largest}, of a tokenizer of "
-            f"{manifest.vocab_size}; pack with the tokenizer of this model, or take the model of that tokenizer"
-        )
+    if vocab_size is not None:
+        _check_vocabulary(folder, manifest, vocab_size)
     return dataset
+
+
+def _check_vocabulary(folder: str, manifest: Manifest, vocab_size: int) -> None:
+    """Refuse a model whose vocabulary is smaller than the tokenizer's, but for a few ids that never occur: the
+    tokenizer of Gemma 3 1B, as published, has one for images that the model does not embed."""
+    missing, largest = manifest.vocab_size - vocab_size, max(manifest.largest_id, manifest.pad_id)
+    if missing * NEVER_EMBEDDED <= manifest.vocab_size and largest < vocab_size:
+        return
+    what = f"the id {largest}, of a tokenizer of" if largest >= vocab_size else "tokens of a tokenizer of"
+    raise ValueError(
+        f"the model has {vocab_size} token embeddings, but {folder} holds {what} {manifest.vocab_size}; "
+        "pack with the tokenizer of this model, or take the model of that tokenizer"
+    )
 
 
 class PackedLoader:

@@ -306,13 +306,28 @@ def test_sequence_id_shards_are_refused_naming_the_conversion(tmp_path):
 
 
 def test_a_model_with_too_few_embeddings_is_refused(tmp_path):
-    """Ids that occur must be embedded, and padding; a tokenizer may have more of them (Gemma 3 1B: one for images)."""
+    """However few of the tokenizer's ids occur: it may be that of another model."""
     rows = random_packs(np.random.default_rng(1), 2, 64, 1, 50)
     for number, (largest, pad) in enumerate([(57, 0), (40, 57)]):
         folder = make_shards(tmp_path / str(number), rows, capacity=64, vocab_size=60, largest_id=largest, pad_id=pad)
         with pytest.raises(ValueError, match=r"has 57 token embeddings, but .* holds the id 57, of a tokenizer of 60;"):
             open_shards(folder, 57)
-        assert len(open_shards(folder, 58)) == 2
+        with pytest.raises(ValueError, match=r"has 59 token embeddings, but .* holds tokens of a tokenizer of 60;"):
+            open_shards(folder, 59)
+        assert len(open_shards(folder, 60)) == 2
+
+
+def test_a_tokenizer_may_have_a_few_ids_that_never_occur(tmp_path):
+    """That of Gemma 3 1B has one more than the model embeds, for images."""
+    rows = random_packs(np.random.default_rng(1), 2, 64, 1, 50)
+    folder = make_shards(tmp_path / "s", rows, capacity=64, vocab_size=262145, largest_id=262143)
+    assert len(open_shards(folder, 262144)) == 2
+    with pytest.raises(ValueError, match=r"holds the id 262143, of a tokenizer of 262145;"):
+        open_shards(folder, 262143)
+    small = make_shards(tmp_path / "t", rows, capacity=64, vocab_size=2000, largest_id=49)
+    assert len(open_shards(small, 1998)) == 2
+    with pytest.raises(ValueError, match=r"the model has 1997 token embeddings, but .* tokens of a tokenizer of 2000;"):
+        open_shards(small, 1997)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +368,8 @@ def test_an_id_that_the_model_does_not_embed_is_refused_whatever_the_manifest_sa
     good = np.full(60, 49, np.int32), np.zeros(60, np.uint8), lens, slots, np.arange(2), np.zeros(2, np.int32)
     ids = good[0].copy()
     ids[{"first": 0, "last": 58, "padding": 59}[at]] = bad
-    folder = make_shards(tmp_path / "s", [good, (ids, *good[1:]), good], capacity=80, order="input", largest_id=49)
+    made = [good, (ids, *good[1:]), good]
+    folder = make_shards(tmp_path / "s", made, capacity=80, order="input", vocab_size=50, largest_id=49)
     plan = Schedule(3, "input", 0, 0, 3, 1)
     loader = PackedLoader(open_shards(folder, 50), plan, dp_rank=0, dp_size=1, device=CPU, cut=cut, vocab_size=50)
     loader.next_step()
