@@ -193,14 +193,12 @@ def _by_expert(sizes: list[int] | None, *tensors: Tensor | None) -> list[tuple[T
 
     All views at once: made one by one they cost more than the smaller operators do.
     """
-    parts = (
-        itertools.repeat(None)
-        if tensor is None
-        else tensor.unbind()
-        if sizes is None
-        else tensor[: sum(sizes)].split(sizes)
-        for tensor in tensors
-    )
+    parts = []
+    for tensor in tensors:
+        if tensor is None:
+            parts.append(itertools.repeat(None))
+        else:
+            parts.append(tensor.unbind() if sizes is None else tensor[: sum(sizes)].split(sizes))
     return list(zip(*parts, strict=False))
 
 
